@@ -221,13 +221,22 @@ class MoEConfig(PreTrainedConfig):
             raise ValueError(f"{key}={value!r} is not a field of MoEConfig; {hint}")
 
     def _check_ranges(self) -> None:
-        at_least_one = (
-            "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers max_position_embeddings"
-        )
-        for name in at_least_one.split():
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "moe_intermediate_size",
+            "num_hidden_layers",
+            "max_position_embeddings",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in "router_aux_loss_coef router_z_loss_coef initializer_range shared_expert_intermediate_size".split():
+        for name in (
+            "router_aux_loss_coef",
+            "router_z_loss_coef",
+            "initializer_range",
+            "shared_expert_intermediate_size",
+        ):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}={value} must be a finite number that is not negative.")

@@ -29,7 +29,7 @@ from .routing import MoERouter, RouterTap, StatisticsReducer, router_losses
 
 @use_experts_implementation
 class MoEExperts(nn.Module):
-    """All experts of one layer as two 3-D weights: `gate_up_proj` `(E, 2I, H)` (gate first) and `down_proj` `(E, H, I)`.
+    """All experts of one layer as two 3-D weights: `gate_up_proj` `(E, 2I, H)`, gate first, `down_proj` `(E, H, I)`.
 
     The forward below is the `"eager"` implementation; the decorator dispatches to the one that
     `config._experts_implementation` names.
@@ -47,7 +47,7 @@ class MoEExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Return the weighted sum of each token's experts, `(T, H)`, from tokens `(T, H)` and their `(T, K)` choices."""
+        """Return the weighted sum of each token's experts, `(T, H)`; arguments `(T, H)`, `(T, K)` and `(T, K)`."""
         output = torch.zeros_like(hidden_states)
         # unbind, not indexing: its backward fills one (E, ...) gradient instead of one for every expert.
         weights = zip(self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)

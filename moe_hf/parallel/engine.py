@@ -1,0 +1,44 @@
+"""Prepare a model for a DeepSpeed engine."""
+
+import torch
+import torch.distributed as dist
+
+from ..modeling_moe import MoEForCausalLM, MoESparseBlock
+from .deepspeed_config import autoep_enabled, zero_stage
+from .processes import world_size
+
+
+def prepare_for_training(model: MoEForCausalLM, deepspeed_config: dict | None) -> None:
+    """Make `model` fit for data-parallel training; call it before `deepspeed.initialize`.
+
+    Registers the model with AutoEP, tells ZeRO-3 to fetch a sparse block as one unit, and hands the model the sum
+    over data-parallel ranks that its balancing loss needs.
+    """
+    if world_size() > 1:
+        model.reduce_router_statistics = sum_over_data_parallel_ranks
+    if deepspeed_config is None:
+        return
+    if autoep_enabled(deepspeed_config):
+        from .autoep import register_preset
+
+        register_preset()
+    elif zero_stage(deepspeed_config) == 3 and model.config.num_sparse_layers:
+        from deepspeed.utils import set_z3_leaf_modules
+
+        # Which expert runs depends on the data: a block fetched piecewise would let ranks wait for different pieces.
+        set_z3_leaf_modules(model, [MoESparseBlock])
+
+
+@torch.no_grad()
+def sum_over_data_parallel_ranks(statistics: torch.Tensor) -> torch.Tensor:
+    """Return the sum of an integer tensor over the data-parallel ranks (a collective call)."""
+    group = None
+    try:
+        from deepspeed.utils import groups
+
+        group = groups._get_data_parallel_group()
+    except (ImportError, AssertionError):
+        pass  # no DeepSpeed here: every process is a data-parallel rank
+    total = statistics.clone()
+    dist.all_reduce(total, group=group)
+    return total

@@ -1,0 +1,86 @@
+"""End all processes with the same sentence when one of them meets an error.
+
+The others may be waiting in a collective call that will never complete, so they cannot be asked by another one. They
+are told through the key-value store that `torch.distributed` keeps for its own rendezvous, which a thread of every
+process watches.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from .processes import rank, world_size
+
+EXIT_CODE = 2
+_SENTENCE, _PRINTED = "moe_hf/failure", "moe_hf/failure/printed"
+_POLL_SECONDS = 0.5
+_PATIENCE_SECONDS = 30.0
+
+
+class FailureRelay:
+    """Carries one process's error to the others."""
+
+    def __init__(self) -> None:
+        self._store = None
+        self._printing = threading.Lock()
+
+    def watch(self) -> None:
+        """Start watching for errors of other processes; a process group must exist. Does nothing when called again."""
+        if self._store is not None or world_size() == 1 or not dist.is_initialized():
+            return
+        # A connection of its own: the group's blocks while it waits for a peer.
+        self._store = dist.distributed_c10d._get_default_store().clone()
+        self._store.set_timeout(timedelta(seconds=_PATIENCE_SECONDS))
+        threading.Thread(target=self._poll, name="failure-relay", daemon=True).start()
+
+    def exit(self, sentence: str) -> None:
+        """Print `sentence` once over all processes and end this one with exit code 2; does not return."""
+        try:
+            if self._store is not None:
+                self._store.set(_SENTENCE, sentence)
+            self._finish(sentence)
+        finally:
+            _exit_now()
+
+    def _poll(self) -> None:
+        try:
+            while not self._store.check([_SENTENCE]):
+                time.sleep(_POLL_SECONDS)
+            self._finish(self._store.get(_SENTENCE).decode())
+        except Exception:
+            # The store lives in rank 0; without it that process has ended, and with it the run.
+            self._await_termination(_POLL_SECONDS)
+        _exit_now()
+
+    def _finish(self, sentence: str) -> None:
+        if rank() == 0:
+            # Never released: whichever thread comes second waits here until the first has ended the process.
+            self._printing.acquire()
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
+            if self._store is not None:
+                self._store.set(_PRINTED, "1")
+                # Rank 0 holds the store: give the others a moment to see that they may go.
+                time.sleep(2 * _POLL_SECONDS)
+        elif self._store is not None:
+            self._store.wait([_PRINTED])
+        else:
+            self._await_termination(_PATIENCE_SECONDS)
+
+    @staticmethod
+    def _await_termination(seconds: float) -> None:
+        """Leave the word to rank 0: the launcher ends everyone as soon as the first of us is gone."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: _exit_now())
+        time.sleep(seconds)
+
+
+def _exit_now() -> None:
+    """End without clean-up: another thread may be stuck in a collective call that no clean-up could leave."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_CODE)

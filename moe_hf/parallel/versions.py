@@ -1,0 +1,43 @@
+"""Refuse a DeepSpeed or Transformers whose integration points are not where this package expects them."""
+
+import importlib
+from importlib.metadata import version
+
+from packaging.specifiers import SpecifierSet
+
+SUPPORTED = {"deepspeed": SpecifierSet(">=0.19.8,<0.20"), "transformers": SpecifierSet(">=5.17,<6")}
+
+# module -> names that must exist there; all private to their libraries
+_INTEGRATION_POINTS = {
+    "deepspeed": {
+        "deepspeed.module_inject.auto_ep_layer": ("AutoEPMoELayer",),
+        "deepspeed.module_inject.auto_ep_presets.base": ("AutoEPPresetAdapter", "MoEModelPreset"),
+        "deepspeed.module_inject.auto_ep_presets.registry": ("PRESET_MODELS", "_PRESET_ADAPTERS"),
+        "deepspeed.utils.groups": ("_get_data_parallel_group", "_get_expert_parallel_group"),
+    },
+    "transformers": {
+        "transformers.utils.output_capturing": ("OutputRecorder", "capture_outputs"),
+        "transformers.integrations.deepspeed": ("HfTrainerDeepSpeedConfig", "is_deepspeed_zero3_enabled"),
+        "transformers.integrations": ("use_experts_implementation",),
+    },
+}
+
+
+def require_supported(package: str) -> None:
+    """Raise `ImportError` with one sentence unless the installed `package` still has our integration points.
+
+    The names decide, not the version: a later release that keeps them works, and is let in.
+    """
+    missing = []
+    for module_name, names in _INTEGRATION_POINTS[package].items():
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError:
+            missing.append(module_name)
+            continue
+        missing += [f"{module_name}.{name}" for name in names if not hasattr(module, name)]
+    if missing:
+        raise ImportError(
+            f"{package} {version(package)} has moved {missing[0]}, to which moe_hf attaches; "
+            f"install a version that works: pip install '{package}{SUPPORTED[package]}'."
+        )

@@ -1,0 +1,1 @@
+"""Arguments, data, the Trainer subclass and its callbacks: everything between a command line and a trained model."""

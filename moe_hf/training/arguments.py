@@ -1,0 +1,154 @@
+"""The command line of run_clm_moe.py: three dataclasses, and one way to read them from flags or a file."""
+
+import argparse
+import difflib
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from ..errors import ConfigError
+from .data_arguments import DataArguments
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train: a preset or configuration file with overrides, or a folder to continue from."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Continue from this Hugging Face folder instead of from random weights."}
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "Preset name, or path of a JSON or YAML file with MoEConfig's fields."}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": 'Change fields of the configuration: "num_experts=8,head_dim=None,…".'}
+    )
+    num_experts: int | None = field(default=None, metadata={"help": "Experts of every sparse layer; 0 for dense."})
+    num_experts_per_tok: int | None = field(default=None, metadata={"help": "Experts that each token visits."})
+    decoder_sparse_step: int | None = field(default=None, metadata={"help": "Every n-th layer is sparse."})
+    hidden_size: int | None = field(default=None, metadata={"help": "Width of the residual stream."})
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "Number of decoder layers."})
+    router_aux_loss_coef: float | None = field(default=None, metadata={"help": "Weight of the load-balancing loss."})
+    router_z_loss_coef: float | None = field(default=None, metadata={"help": "Weight of the router z-loss."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, flash_attention_2 or flex_attention; default: the best there is."}
+    )
+    experts_implementation: str | None = field(
+        default=None, metadata={"help": "eager, grouped_mm, batched_mm, …, for experts that AutoEP does not run."}
+    )
+
+
+@dataclass
+class MoETrainingArguments(TrainingArguments):
+    """`TrainingArguments` with what expert parallelism needs, and defaults that hide nothing."""
+
+    expert_parallel_size: int | None = field(
+        default=None,
+        metadata={"help": "Ranks that share one set of experts; overrides the DeepSpeed JSON. 0 switches AutoEP off."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete the checkpoints and the export of an earlier run in output_dir."}
+    )
+    max_skipped_steps: int = field(
+        default=10, metadata={"help": "Stop after this many steps in a row were skipped for NaN or infinity."}
+    )
+    max_shard_size: str = field(default="5GB", metadata={"help": "Largest safetensors file of an export."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide NaN and infinite losses from the log. Off: they should be seen."}
+    )
+
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            # Unless told, Accelerate takes several processes without an accelerator for several separate runs.
+            self.use_cpu = True
+        super().__post_init__()
+        if self.gradient_checkpointing or getattr(self, "activation_checkpointing", None):
+            self._forbid_reentrant_checkpointing()
+
+    def _forbid_reentrant_checkpointing(self) -> None:
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            kwargs = getattr(self, name, None)
+            if kwargs and kwargs.get("use_reentrant"):
+                # Their first forward records no graph, so the router losses would have no gradient.
+                raise ConfigError(f"{name}={kwargs} would switch the router losses off; use use_reentrant=False.")
+
+
+class _Parser(HfArgumentParser):
+    """Raises instead of printing a usage wall, and suggests the flag that was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message[:1].upper()}{message[1:]}; see --help.")
+
+    def check_known(self, names: list[str], written: str) -> None:
+        known = {action.dest for action in self._actions}
+        for name in names:
+            if name not in known:
+                nearest = difflib.get_close_matches(name, sorted(known), n=1)
+                hint = f"did you mean {written.format(nearest[0])}?" if nearest else "see --help for all."
+                raise ConfigError(f"{written.format(name)} is not an argument of run_clm_moe.py; {hint}")
+
+
+def build_parser(description: str | None = None) -> HfArgumentParser:
+    """Return the parser of all arguments."""
+    return _Parser(
+        (ModelArguments, DataArguments, MoETrainingArguments),
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def parse_arguments(argv: list[str], description: str | None = None) -> argparse.Namespace:
+    """Read flags, or a JSON or YAML file given first, whose values the flags after it override.
+
+    Nothing is constructed yet: `TrainingArguments` starts the process group, and everything that can be wrong is to be
+    found before.
+
+    Raises:
+        ConfigError: an unknown argument, a value of the wrong type, or an unreadable file.
+    """
+    parser = build_parser(description)
+    # The deepspeed launcher puts --local_rank=N before the user's words.
+    first = next((word for word in argv if not word.startswith("--local_rank")), "")
+    if first.endswith((".json", ".yaml", ".yml")):
+        path = first
+        argv = [word for word in argv if word is not path]
+        values = _read_file(path)
+        parser.check_known(list(values), "{}")
+        parser.set_defaults(**{name: _as_default(value) for name, value in values.items()})
+    namespace, unknown = parser.parse_known_args(argv)
+    flags = [word.split("=")[0].removeprefix("--") for word in unknown if word.startswith("--")]
+    parser.check_known(flags, "--{}")
+    if unknown:
+        raise ConfigError(f"{unknown[0]!r} is not preceded by a flag; see --help.")
+    return namespace
+
+
+def construct(dataclass_type: type, namespace: argparse.Namespace, **replaced):
+    """Build one of the argument dataclasses from the parsed namespace, with some values replaced."""
+    values = {f.name: getattr(namespace, f.name) for f in fields(dataclass_type) if f.init}
+    return dataclass_type(**(values | replaced))
+
+
+def _read_file(path: str) -> dict:
+    try:
+        text = Path(path).read_text()
+        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"Cannot read the arguments in {path}: {error.strerror}.") from None
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} is not valid: {' '.join(str(error).split())}.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold one mapping of argument names to values, not a {type(values).__name__}.")
+    return values
+
+
+def _as_default(value):
+    """Hand dictionaries over as JSON, as on a command line; argparse converts text such as YAML's `1e-4` itself."""
+    return json.dumps(value) if isinstance(value, dict) else value

@@ -1,0 +1,25 @@
+"""Run a program in one of many processes so that all of them end together, with one word on what went wrong."""
+
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from ..errors import UserError
+from ..parallel.failure import FailureRelay
+
+
+def run(program: Callable, argv: list[str], description: str | None = None) -> None:
+    """Call `program(argv, relay, description)` and end the process if the user has made a mistake.
+
+    A `UserError` is printed once over all processes and ends them all with exit code 2, wherever they are. Any other
+    exception keeps its traceback.
+    """
+    relay = FailureRelay()
+    try:
+        program(argv, relay, description)
+    except UserError as error:
+        relay.exit(" ".join(str(error).split()))
+    finally:
+        # A process group that is alive at interpreter exit aborts the process.
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,144 @@
+"""From a preset, a file or a folder, plus overrides, to one validated `MoEConfig`."""
+
+import difflib
+import json
+import typing
+from dataclasses import fields
+from pathlib import Path
+
+import yaml
+
+from ..configuration_moe import MoEConfig
+from ..errors import ConfigError
+from ..presets import preset_names, read_preset
+from .arguments import ModelArguments
+
+_SHORTHANDS = {"moe_layer_indices", "decoder_sparse_step", "first_k_dense_replace", "num_hidden_layers", "num_experts"}
+_OWN_FLAGS = (
+    "num_experts",
+    "num_experts_per_tok",
+    "decoder_sparse_step",
+    "hidden_size",
+    "num_hidden_layers",
+    "router_aux_loss_coef",
+    "router_z_loss_coef",
+)
+
+
+def build_config(model_args: ModelArguments) -> MoEConfig:
+    """Return the configuration that the arguments describe, validated once after all overrides.
+
+    Raises:
+        ConfigError: unknown preset, unreadable file, unknown field, or settings that contradict each other.
+    """
+    source = model_args.model_name_or_path or model_args.config_name
+    if source is None:
+        raise ConfigError(
+            "Neither --config_name nor --model_name_or_path is given; "
+            f"name a preset ({', '.join(preset_names())}), a configuration file or a folder with weights."
+        )
+    if model_args.model_name_or_path and model_args.config_name:
+        raise ConfigError("--config_name and --model_name_or_path both name a configuration; give one of them.")
+    values = _read_folder(source) if model_args.model_name_or_path else _read_config(source)
+    overrides = parse_overrides(model_args.config_overrides or "")
+    for name in _OWN_FLAGS:
+        if (value := getattr(model_args, name)) is not None:
+            overrides[name] = value
+    return make_config(_merge(values, overrides))
+
+
+def make_config(values: dict) -> MoEConfig:
+    """Construct `MoEConfig(**values)`; whatever is wrong becomes a `ConfigError` of one sentence."""
+    try:
+        return MoEConfig(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        # Type errors of the strict base class come over several lines, the last of which says it all.
+        raise ConfigError(str(error).strip().splitlines()[-1].strip().removeprefix("TypeError: ")) from None
+
+
+def parse_overrides(text: str) -> dict:
+    """Parse `"num_experts=8,rope_theta=1e6,mlp_layer_types=[dense,sparse],head_dim=None"` by the fields' types.
+
+    Raises:
+        ConfigError: no `=`, an unknown field, or a value that its field's type cannot hold.
+    """
+    declared = {f.name: f.type for f in fields(MoEConfig)} | {"rope_theta": float}
+    overrides = {}
+    for item in _split_outside_brackets(text):
+        name, equals, raw = (part.strip() for part in item.partition("="))
+        if not equals:
+            raise ConfigError(f"config_overrides: {item.strip()!r} is not of the form name=value.")
+        if name not in declared:
+            nearest = difflib.get_close_matches(name, sorted(declared), n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else "."
+            raise ConfigError(f"config_overrides: {name} is not a field of MoEConfig{hint}")
+        overrides[name] = _convert(name, raw, declared[name])
+    return overrides
+
+
+def _convert(name: str, raw: str, annotation) -> object:
+    allowed = typing.get_args(annotation) or (annotation,)
+    if raw == "None":
+        value = None
+    else:
+        try:
+            value = yaml.safe_load(raw)
+        except yaml.YAMLError:
+            value = raw
+    if isinstance(value, str) and float in allowed:
+        # YAML reads 1e-3 as text.
+        try:
+            value = float(value)
+        except ValueError:
+            raise ConfigError(f"config_overrides: {name}={raw} is not a number.") from None
+    return value
+
+
+def _split_outside_brackets(text: str) -> list[str]:
+    items, depth, start = [], 0, 0
+    for position, character in enumerate(text):
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0:
+            items.append(text[start:position])
+            start = position + 1
+    return [item for item in [*items, text[start:]] if item.strip()]
+
+
+def _merge(values: dict, overrides: dict) -> dict:
+    """Apply overrides; a list of layer types that was derived from its shorthand is derived again."""
+    if overrides.keys() & _SHORTHANDS and "mlp_layer_types" not in overrides and "mlp_layer_types" in values:
+        rest = {k: v for k, v in values.items() if k != "mlp_layer_types"}
+        if make_config(rest).mlp_layer_types == values["mlp_layer_types"]:
+            values = rest
+    merged = values | overrides
+    if "rope_theta" in overrides and isinstance(merged.get("rope_parameters"), dict):
+        merged["rope_parameters"] = merged["rope_parameters"] | {"rope_theta": merged.pop("rope_theta")}
+    return merged
+
+
+def _read_config(source: str) -> dict:
+    path = Path(source)
+    if path.is_dir():
+        path = path / "config.json"
+    if path.suffix not in (".json", ".yaml", ".yml"):
+        return read_preset(source)
+    try:
+        values = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"--config_name {source}: there is no such file.") from None
+    except (OSError, json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config_name {source} cannot be read: {' '.join(str(error).split())}.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config_name {source} must hold one mapping of MoEConfig's fields.")
+    if (model_type := values.get("model_type", MoEConfig.model_type)) != MoEConfig.model_type:
+        raise ConfigError(f"{source} describes a {model_type!r} model, not a {MoEConfig.model_type!r} one.")
+    return {k: v for k, v in values.items() if k not in ("model_type", "auto_map", "transformers_version")}
+
+
+def _read_folder(source: str) -> dict:
+    folder = Path(source)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"--model_name_or_path {source} is not a folder with a config.json and weights.")
+    if not list(folder.glob("*.safetensors")):
+        raise ConfigError(f"--model_name_or_path {source} holds no *.safetensors file, so there are no weights in it.")
+    return _read_config(str(folder))

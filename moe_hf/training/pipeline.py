@@ -1,0 +1,244 @@
+"""The order of the work of run_clm_moe.py: check everything, then build, train, export and evaluate.
+
+Whatever can be wrong is looked for before `TrainingArguments` starts the process group, because from then on an error
+of one process has to be carried to the others.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..checkpoint.topology import Topology, check_resumable
+from ..configuration_moe import MoEConfig
+from ..errors import ConfigError, DataError
+from ..modeling_moe import MoEForCausalLM
+from ..parallel.deepspeed_config import (
+    autoep_enabled,
+    check_deepspeed_config,
+    check_deepspeed_keys,
+    expert_parallel_size,
+    read_deepspeed_json,
+    with_expert_parallel_size,
+    zero_stage,
+)
+from ..parallel.failure import FailureRelay
+from ..parallel.processes import raise_together, world_size
+from .arguments import ModelArguments, MoETrainingArguments, construct, parse_arguments
+from .collator import CausalLMCollator
+from .corpus import load_or_train_tokenizer
+from .data import build_datasets, resolve_block_size
+from .data_arguments import DataArguments
+from .data_files import check_data_arguments
+from .metrics import METRICS_NAME
+from .model_config import build_config
+from .trainer import EXPORT_NAME, MoETrainer
+
+
+def train_and_export(argv: list[str], relay: FailureRelay, description: str | None = None) -> dict[str, float]:
+    """Do what the command line says; return the metrics of training and evaluation.
+
+    Raises:
+        UserError: anything that the user can correct.
+    """
+    return execute(build_trainer(argv, relay, description))
+
+
+def build_trainer(argv: list[str], relay: FailureRelay, description: str | None = None) -> MoETrainer:
+    """Check the command line and build everything it names.
+
+    Args:
+        argv: the words after the script's name.
+        relay: watches the other processes as soon as there is a process group.
+        description: shown by `--help`.
+    """
+    namespace = parse_arguments(argv, description)
+    model_args = construct(ModelArguments, namespace)
+    data_args = construct(DataArguments, namespace)
+    config = build_config(model_args)
+    deepspeed_json = _checked_deepspeed_json(namespace, config)
+    topology = _topology(namespace, deepspeed_json)
+    check_data_arguments(data_args)
+    resume_from = _checked_output_folder(namespace, topology, config)
+
+    args = construct(MoETrainingArguments, namespace, deepspeed=deepspeed_json, resume_from_checkpoint=resume_from)
+    relay.watch()
+    set_seed(args.seed)
+    if args.overwrite_output_dir and resume_from is None:
+        _remove_earlier_run(args)
+
+    tokenizer = _load_tokenizer(args, model_args, data_args, config)
+    train_dataset, eval_dataset = _load_data(args, data_args, tokenizer, config)
+    model = _build_model(model_args, config, tokenizer)
+    return MoETrainer(
+        topology=topology,
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=CausalLMCollator(pad_token_id=tokenizer.pad_token_id or 0),
+        processing_class=tokenizer,
+    )
+
+
+def execute(trainer: MoETrainer) -> dict[str, float]:
+    """Train, evaluate and export, as far as `trainer.args` say so; return all metrics."""
+    metrics = {}
+    if trainer.args.do_train:
+        metrics |= _train(trainer)
+    if trainer.args.do_eval:
+        metrics |= _evaluate(trainer)
+    if trainer.args.do_train:
+        # After the evaluation, so that the model card can tell its result.
+        trainer.save_model()
+    return metrics
+
+
+def _checked_deepspeed_json(namespace: argparse.Namespace, config: MoEConfig) -> dict | None:
+    if namespace.deepspeed is None:
+        if namespace.expert_parallel_size:
+            raise ConfigError(
+                f"expert_parallel_size={namespace.expert_parallel_size} needs DeepSpeed; "
+                "add --deepspeed ds_configs/zero3_ep.json."
+            )
+        return None
+    deepspeed_json = read_deepspeed_json(namespace.deepspeed)
+    check_deepspeed_keys(deepspeed_json)
+    if namespace.expert_parallel_size is not None:
+        deepspeed_json = with_expert_parallel_size(deepspeed_json, namespace.expert_parallel_size)
+    check_deepspeed_config(
+        deepspeed_json,
+        world_size=world_size(),
+        num_experts=config.num_experts,
+        num_moe_layers=config.num_sparse_layers,
+        per_device_train_batch_size=namespace.per_device_train_batch_size,
+        gradient_accumulation_steps=namespace.gradient_accumulation_steps,
+        max_grad_norm=namespace.max_grad_norm,
+        bf16=namespace.bf16,
+        fp16=namespace.fp16,
+        learning_rate=namespace.learning_rate,
+    )
+    if namespace.do_eval and not namespace.do_train and zero_stage(deepspeed_json) != 3:
+        raise ConfigError(
+            f"--do_eval without --do_train needs ZeRO stage 3, not {zero_stage(deepspeed_json)}; "
+            "use ds_configs/zero3_ep.json, or leave --deepspeed away."
+        )
+    return deepspeed_json
+
+
+def _topology(namespace: argparse.Namespace, deepspeed_json: dict | None) -> Topology:
+    dtype = "bfloat16" if namespace.bf16 else "float16" if namespace.fp16 else "float32"
+    if deepspeed_json is None:
+        return Topology(world_size(), 0, -1, dtype)
+    ep_size = expert_parallel_size(deepspeed_json) if autoep_enabled(deepspeed_json) else 0
+    return Topology(world_size(), ep_size, zero_stage(deepspeed_json), dtype)
+
+
+def _checked_output_folder(namespace: argparse.Namespace, topology: Topology, config: MoEConfig) -> str | None:
+    """Return the checkpoint to resume from, or `None`; refuse to write over what an earlier run has left."""
+    if not (namespace.do_train or namespace.do_eval):
+        raise ConfigError("Nothing to do: give --do_train, --do_eval or both.")
+    if namespace.push_to_hub:
+        raise ConfigError("--push_to_hub is not supported in training; run: hf upload ORG/NAME OUTPUT_DIR/hf.")
+    output_dir = Path(namespace.output_dir or "trainer_output")
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ConfigError(f"--output_dir {output_dir} is a file; give a folder.")
+    resume_from = namespace.resume_from_checkpoint
+    if resume_from is not None:
+        if resume_from.lower() == "true":
+            resume_from = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+            if resume_from is None:
+                raise ConfigError(f"--resume_from_checkpoint: there is no checkpoint-N in {output_dir}.")
+        check_resumable(Path(resume_from), topology, config)
+        return resume_from
+    if namespace.do_train and not namespace.overwrite_output_dir and (left := _left_by_earlier_run(output_dir)):
+        raise ConfigError(
+            f"--output_dir {output_dir} already holds {left[0].name}; give another folder, continue with "
+            "--resume_from_checkpoint, or say --overwrite_output_dir to delete it."
+        )
+    return None
+
+
+def _left_by_earlier_run(output_dir: Path) -> list[Path]:
+    patterns = ("checkpoint-*", EXPORT_NAME, "*.safetensors", "*.bin", "*.pt", METRICS_NAME)
+    return [path for pattern in patterns for path in sorted(output_dir.glob(pattern))]
+
+
+def _remove_earlier_run(args: MoETrainingArguments) -> None:
+    if args.should_save:
+        for path in _left_by_earlier_run(Path(args.output_dir)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    raise_together(None)
+
+
+def _load_tokenizer(
+    args: MoETrainingArguments, model_args: ModelArguments, data_args: DataArguments, config: MoEConfig
+) -> PreTrainedTokenizerBase:
+    name = data_args.tokenizer_name or model_args.model_name_or_path
+    with args.main_process_first(desc="tokenizer"):
+        try:
+            if name is None:
+                tokenizer = load_or_train_tokenizer(data_args.cache_dir, config.vocab_size)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise DataError(f"The tokenizer {name or 'of the embedded corpus'} cannot be loaded: {error}") from None
+    if len(tokenizer) > config.vocab_size:
+        raise DataError(
+            f"The tokenizer has {len(tokenizer)} tokens but the model's vocab_size is {config.vocab_size}; "
+            f"add --config_overrides vocab_size={-(-len(tokenizer) // 128) * 128}."
+        )
+    return tokenizer
+
+
+def _load_data(args: MoETrainingArguments, data_args: DataArguments, tokenizer, config: MoEConfig):
+    block_size = resolve_block_size(data_args, tokenizer, config.max_position_embeddings)
+    # The first process prepares and caches, the others read its cache.
+    with args.main_process_first(desc="data"):
+        return build_datasets(
+            data_args,
+            tokenizer,
+            block_size=block_size,
+            vocab_size=config.vocab_size,
+            do_train=args.do_train,
+            do_eval=args.do_eval,
+            seed=args.seed,
+        )
+
+
+def _build_model(model_args: ModelArguments, config: MoEConfig, tokenizer: PreTrainedTokenizerBase) -> MoEForCausalLM:
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    implementations = {
+        "attn_implementation": model_args.attn_implementation,
+        "experts_implementation": model_args.experts_implementation,
+    }
+    implementations = {name: value for name, value in implementations.items() if value is not None}
+    try:
+        if model_args.model_name_or_path is None:
+            return MoEForCausalLM._from_config(config, dtype=torch.float32, **implementations)
+        return MoEForCausalLM.from_pretrained(
+            model_args.model_name_or_path, config=config, dtype=torch.float32, **implementations
+        )
+    except (ValueError, ImportError, OSError) as error:
+        raise ConfigError(f"The model cannot be built: {' '.join(str(error).split())}") from error
+
+
+def _train(trainer: MoETrainer) -> dict[str, float]:
+    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    metrics = dict(result.metrics)
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    return metrics
+
+
+def _evaluate(trainer: MoETrainer) -> dict[str, float]:
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    return metrics
+

@@ -1,0 +1,85 @@
+"""Run many command lines of run_clm_moe.py one after the other in the processes of one launch.
+
+Each case is `{"name": …, "argv": […]}`. Rank 0 writes the logged losses, the live model's logits on a probe and an
+independent assembly of its weights to `FOLDER/NAME/`.
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from deepspeed import zero
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from moe_hf.parallel.failure import FailureRelay
+from moe_hf.training.pipeline import build_trainer, execute
+
+PROBE = torch.arange(3, 3 + 24).reshape(2, 12)
+
+
+def main() -> None:
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    cases, folder = json.loads(Path(words[0]).read_text()), Path(words[1])
+    relay = FailureRelay()
+    for case in cases:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        unset_hf_deepspeed_config()
+        trainer = build_trainer(case["argv"], relay)
+        metrics = execute(trainer)
+        record(trainer, metrics, folder / case["name"])
+        del trainer
+        gc.collect()
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def record(trainer, metrics: dict, folder: Path) -> None:
+    """Keep what the test compares with other runs and with the export."""
+    trainer.model.eval()
+    with torch.no_grad():
+        logits = trainer.model_wrapped(input_ids=PROBE).logits
+    weights = assemble_weights(trainer.model)
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save({"logits": logits, "weights": weights}, folder / "live.pt")
+        result = {"log_history": trainer.state.log_history, "metrics": metrics}
+        (folder / "result.json").write_text(json.dumps(result))
+
+
+def assemble_weights(model) -> dict[str, torch.Tensor] | None:
+    """Put the scattered weights together by pickling everything to everyone: slow, and nothing like the export's way."""
+    local = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            with zero.GatheredParameters([parameter]):
+                local[f"{module_name}.{name}"] = parameter.detach().clone()
+    ep_ranks = {name: module.ep_rank for name, module in model.named_modules() if hasattr(module, "ep_rank")}
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (ep_ranks, local))
+    if dist.get_rank() != 0:
+        return None
+    whole = {}
+    for name, tensor in local.items():
+        layer = name.split(".experts.")[0]
+        if layer not in ep_ranks or ".experts.w" not in name:
+            whole[name.replace(".mlp.router.", ".mlp.gate.")] = tensor
+            continue
+        by_ep_rank = {ranks[layer]: tensors for ranks, tensors in everyone}
+        prefix = f"{layer}.experts."
+        if name.endswith("w2"):
+            whole[prefix + "down_proj"] = torch.cat([by_ep_rank[r][name] for r in sorted(by_ep_rank)])
+        elif name.endswith("w1"):
+            experts = []
+            for r in sorted(by_ep_rank):
+                gate, up = by_ep_rank[r][name], by_ep_rank[r][prefix + "w3"]
+                experts += [torch.cat([g, u]) for g, u in zip(gate, up, strict=True)]
+            whole[prefix + "gate_up_proj"] = torch.stack(experts)
+    return whole
+
+
+if __name__ == "__main__":
+    main()

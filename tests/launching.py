@@ -1,0 +1,60 @@
+"""Start programs the way users do: through the deepspeed launcher, over several processes, on gloo."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKER = ROOT / "tests" / "distributed" / "worker.py"
+
+
+def environment() -> dict[str, str]:
+    """Return an environment in which several ranks share two cores and no accelerator or network is looked for."""
+    return {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "WANDB_MODE": "offline",
+    }
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def deepspeed(num_ranks: int, *words: str | Path, timeout: int = 600, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run `deepspeed --num_accelerators NUM_RANKS …` to its end and return what it printed."""
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [launcher, "--num_accelerators", num_ranks, "--master_port", free_port(), *words]
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def run_cases(num_ranks: int, cases: list[dict], folder: Path, timeout: int = 900) -> None:
+    """Run many command lines of run_clm_moe.py in one launch; each leaves its results in `folder/NAME`.
+
+    Raises:
+        AssertionError: the launch itself ended with an error, whose last output is shown.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"cases_{num_ranks}.json"
+    path.write_text(json.dumps(cases))
+    done = deepspeed(num_ranks, WORKER, path, folder, timeout=timeout)
+    assert done.returncode == 0, f"{num_ranks} ranks ended with {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-6000:]}"
