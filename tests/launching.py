@@ -57,4 +57,5 @@ def run_cases(num_ranks: int, cases: list[dict], folder: Path, timeout: int = 90
     path = folder / f"cases_{num_ranks}.json"
     path.write_text(json.dumps(cases))
     done = deepspeed(num_ranks, WORKER, path, folder, timeout=timeout)
-    assert done.returncode == 0, f"{num_ranks} ranks ended with {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-6000:]}"
+    printed = f"{done.stdout[-3000:]}{done.stderr[-6000:]}"
+    assert done.returncode == 0, f"{num_ranks} ranks ended with {done.returncode}\n{printed}"

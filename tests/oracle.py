@@ -22,6 +22,7 @@ class Recipe:
     rows_per_micro_batch: int
     learning_rate: float
     weight_decay: float
+    adam_epsilon: float
     max_grad_norm: float
     aux_coef: float
     z_coef: float
@@ -37,32 +38,47 @@ class Trajectory:
     largest_loads: list[float] = field(default_factory=list)
 
 
-def train(model: MoEForCausalLM, recipe: Recipe) -> Trajectory:
-    """Run the recipe and return its trajectory."""
+def train(model: MoEForCausalLM, recipe: Recipe, dtype: torch.dtype = torch.float32, pieces: int = 1) -> Trajectory:
+    """Run the recipe and return its trajectory.
+
+    With a 16-bit `dtype` the forward and backward pass see rounded weights, and the optimizer the float32 ones.
+    Rounding depends on the shapes that are multiplied, and tips tokens from one expert to another: `pieces` > 1 sends
+    each micro-batch through the model in as many pieces as there are ranks.
+    """
     result = Trajectory()
+    masters = {name: parameter.data.clone() for name, parameter in model.named_parameters()}
     decayed = [p for n, p in model.named_parameters() if "norm" not in n]
     plain = [p for n, p in model.named_parameters() if "norm" in n]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}],
         lr=recipe.learning_rate,
+        eps=recipe.adam_epsilon,
         fused=True,
     )
     rows = iter(recipe.rows)
     for step in range(recipe.num_steps):
+        size = recipe.rows_per_micro_batch // pieces
         micro_batches = [
-            _collate([next(rows) for _ in range(recipe.rows_per_micro_batch)])
+            [_collate([next(rows) for _ in range(size)]) for _ in range(pieces)]
             for _ in range(recipe.micro_batches_per_step)
         ]
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * (1 - step / recipe.num_steps)
         optimizer.zero_grad()
+        for name, parameter in model.named_parameters():
+            parameter.data = masters[name].to(dtype)
         loss = _loss_of_step(model, micro_batches, recipe, result)
         loss.backward()
+        gradients = {name: parameter.grad.float() for name, parameter in model.named_parameters()}
+        for name, parameter in model.named_parameters():
+            parameter.data = masters[name]
+            parameter.grad = gradients[name]
         norm = torch.stack([p.grad.double().square().sum() for p in model.parameters()]).sum().sqrt()
         if norm > recipe.max_grad_norm:
             for parameter in model.parameters():
                 parameter.grad.mul_(recipe.max_grad_norm / norm)
         optimizer.step()
+        masters = {name: parameter.data.clone() for name, parameter in model.named_parameters()}
         result.losses.append(loss.item())
         result.grad_norms.append(norm.item())
     result.weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -78,26 +94,30 @@ def _collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     }
 
 
-def _loss_of_step(model, micro_batches: list[dict], recipe: Recipe, result: Trajectory) -> torch.Tensor:
-    num_items = sum((batch["labels"][:, 1:] != -100).sum().item() for batch in micro_batches)
-    num_tokens = sum(batch["attention_mask"].sum().item() for batch in micro_batches)
+def _loss_of_step(model, micro_batches: list[list[dict]], recipe: Recipe, result: Trajectory) -> torch.Tensor:
+    every_piece = [piece for pieces in micro_batches for piece in pieces]
+    num_items = sum((piece["labels"][:, 1:] != -100).sum().item() for piece in every_piece)
+    num_tokens = sum(piece["attention_mask"].sum().item() for piece in every_piece)
     total = torch.zeros(())
-    for batch in micro_batches:
-        output = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_router_logits=True
-        )
-        summed = F.cross_entropy(
-            output.logits[:, :-1].reshape(-1, output.logits.shape[-1]),
-            batch["labels"][:, 1:].reshape(-1),
-            ignore_index=-100,
-            reduction="sum",
-        )
-        total = total + summed / num_items
-        kept = batch["attention_mask"].reshape(-1).bool()
-        share = kept.sum().item() / num_tokens
-        for logits in output.router_logits:
-            aux, z, largest_load = _router_terms(logits[kept], model.config.num_experts_per_tok)
-            total = total + share * (recipe.aux_coef * aux + recipe.z_coef * z)
+    for pieces in micro_batches:
+        router_logits = []
+        for piece in pieces:
+            output = model(
+                input_ids=piece["input_ids"], attention_mask=piece["attention_mask"], output_router_logits=True
+            )
+            summed = F.cross_entropy(
+                output.logits[:, :-1].float().reshape(-1, output.logits.shape[-1]),
+                piece["labels"][:, 1:].reshape(-1),
+                ignore_index=-100,
+                reduction="sum",
+            )
+            total = total + summed / num_items
+            kept = piece["attention_mask"].reshape(-1).bool()
+            router_logits.append([logits[kept] for logits in output.router_logits])
+        for of_layer in zip(*router_logits, strict=True):
+            logits = torch.cat(of_layer)
+            aux, z, largest_load = _router_terms(logits, model.config.num_experts_per_tok)
+            total = total + len(logits) / num_tokens * (recipe.aux_coef * aux + recipe.z_coef * z)
             result.largest_loads.append(largest_load)
     return total
 

@@ -42,3 +42,13 @@ def sum_over_data_parallel_ranks(statistics: torch.Tensor) -> torch.Tensor:
     total = statistics.clone()
     dist.all_reduce(total, group=group)
     return total
+
+
+def report_clipped_norm(engine) -> None:
+    """Let a float32 engine without ZeRO report its gradient norm, which it computes for clipping and then forgets."""
+
+    def clip() -> None:
+        norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
+        engine._global_grad_norm = norm
+
+    engine.clip_fp32_gradients = clip

@@ -26,6 +26,9 @@ VALIDATION_EVERY = 20
 VOCAB_MULTIPLE = 128
 MAX_TRAINING_CHARS = 20_000_000
 
+# Part of the cache keys: raise this when the rules below change, or users keep the corpus of the old ones.
+_CACHE_VERSION = "1"
+
 # Installed packages differ between machines; tests repeat the code they test; `encodings` is mostly tables of code
 # points, a tenth of all bytes and nothing to learn from.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
@@ -55,9 +58,10 @@ def write_corpus(cache_dir: str | None = None, source_root: str | None = None) -
     files = _source_files(root)
     # Names and sizes tell two libraries apart without reading ten megabytes in every process.
     listing = "\n".join(f"{file.relative_to(root).as_posix()} {file.stat().st_size}" for file in files)
-    folder = Path(cache_dir or default_cache_dir()) / f"corpus-{_digest([listing])}"
+    folder = Path(cache_dir or default_cache_dir()) / f"corpus-{_digest([_CACHE_VERSION, listing])}"
     if not folder.is_dir():
-        texts = [text for text in map(_read_text, files) if text is not None]
+        # Each text once: some modules are copies of others, and a copy must not be in both splits.
+        texts = list(dict.fromkeys(text for text in map(_read_text, files) if text is not None))
         if len(texts) < 2:
             raise DataError(f"the Python library at {str(root)!r} has no source files; give train_file or dataset_name")
         held_out = set(range(VALIDATION_EVERY - 1, len(texts), VALIDATION_EVERY)) or {len(texts) - 1}
@@ -106,7 +110,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
-        clean_up_tokenization_spaces=False,  # decoding must give back the exact source, spaces before commas included
+        clean_up_tokenization_spaces=False,  # wherever it is loaded, decoding gives back the exact source
     )
 
 
@@ -122,7 +126,7 @@ def load_or_train_tokenizer(cache_dir: str | None = None, vocab_size: int = 8192
     """
     train_file, _ = write_corpus(cache_dir)
     texts = pq.read_table(train_file).column("text").to_pylist()
-    key = _digest([str(_round_vocab_size(vocab_size)), *texts])
+    key = _digest([_CACHE_VERSION, str(_round_vocab_size(vocab_size)), *texts])
     folder = Path(cache_dir or default_cache_dir()) / f"tokenizer-{key}"
     if not folder.is_dir():
         tokenizer = train_tokenizer(texts, vocab_size)

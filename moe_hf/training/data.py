@@ -1,5 +1,6 @@
 """From data flags to the datasets that the Trainer reads."""
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 
 from datasets import Dataset, IterableDataset
@@ -79,8 +80,17 @@ def build_datasets(
     train = _at_most(prepared[0], data_args.max_train_samples)
     validation = _at_most(prepared[1], data_args.max_eval_samples)
     if isinstance(train, IterableDataset) and data_args.streaming_shuffle_buffer:
-        train = train.shuffle(seed=seed, buffer_size=data_args.streaming_shuffle_buffer)
+        train = _shuffled(train, seed, data_args.streaming_shuffle_buffer)
     return train, validation
+
+
+def _shuffled(stream: IterableDataset, seed: int, buffer_size: int) -> IterableDataset:
+    options = {}
+    # Newer versions fill the buffer from ten files at once. Each would then be packed alone, and small files, which
+    # only together fill a block, would give no rows at all.
+    if "max_buffer_input_shards" in inspect.signature(stream.shuffle).parameters:
+        options["max_buffer_input_shards"] = 1
+    return stream.shuffle(seed=seed, buffer_size=buffer_size, **options)
 
 
 def _at_most(dataset: Dataset | IterableDataset | None, num_rows: int | None) -> Dataset | IterableDataset | None:

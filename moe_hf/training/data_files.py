@@ -20,7 +20,7 @@ from ..errors import DataError
 from .corpus import write_corpus
 from .data_arguments import DataArguments, builder_of, check_data_arguments, find_bad_line, resolve_files
 
-__all__ = ["RawSplit", "check_data_arguments", "load_raw_splits", "resolve_text_column"]
+__all__ = ["RawSplit", "check_data_arguments", "explain_files", "load_raw_splits", "resolve_text_column"]
 
 STREAM_PROBE_ROWS = 5000
 """A stream has no length: its validation split is a percentage of this many first rows."""
@@ -104,6 +104,20 @@ def resolve_text_column(split: RawSplit, requested: str | None) -> str:
     return strings[0]
 
 
+def explain_files(files: Sequence[str], cause: BaseException) -> str:
+    """Say in one sentence what is wrong with files of which `datasets` only said `cause`."""
+    builder = builder_of(files)
+    bad_lines = map(find_bad_line, files if builder != "parquet" else ())
+    found = next((sentence for sentence in bad_lines if sentence is not None), None)
+    if found is not None:
+        return found
+    # Two ways in which `datasets` says that there was nothing to read.
+    if isinstance(cause, SchemaInferenceError) or "corresponds to no data" in str(cause):
+        return f"{', '.join(map(repr, files))} has no rows; give data that holds text"
+    named = repr(files[0]) if len(files) == 1 else f"one of {len(files)} files ({files[0]!r} is the first)"
+    return f"{named} cannot be read as {builder} ({_first_line(cause).rstrip('.')}); correct it or leave it out"
+
+
 def _file_loaders(data_args: DataArguments) -> dict[str, Callable[[], RawSplit]]:
     """Say how to load each split that files provide; the embedded corpus when there are no files at all."""
     values = {"train": data_args.train_file, "validation": data_args.validation_file}
@@ -122,12 +136,14 @@ def _file_loaders(data_args: DataArguments) -> dict[str, Callable[[], RawSplit]]
 def _load_files(split: str, files: list[str], source: str, data_args: DataArguments) -> RawSplit:
     """Read files of one format as one split, and explain what is wrong with them when that fails."""
     builder = builder_of(files)
+    # The reader behind `load_dataset`, which itself would ask a server to count the download: without a network, each
+    # process waits seconds for that, for files it already has.
+    read = getattr(Dataset, f"from_{builder}")
     options = {"keep_linebreaks": data_args.keep_linebreaks} if builder == "text" else {}
     with _explained(files):
-        dataset = datasets.load_dataset(
-            builder,
-            # `datasets` takes every path for a pattern: unescaped, 'part[1].txt' would read as no rows at all.
-            data_files={split: [glob.escape(os.path.abspath(file)) for file in files]},
+        dataset = read(
+            # It takes every path for a pattern: unescaped, 'part[1].txt' would read as no rows at all.
+            [glob.escape(os.path.abspath(file)) for file in files],
             split=split,
             cache_dir=data_args.cache_dir,
             streaming=data_args.streaming,
@@ -164,7 +180,9 @@ def _named_loaders(data_args: DataArguments) -> dict[str, Callable[[], RawSplit]
 
 def _load_named(name: str, data_args: DataArguments) -> DatasetDict | IterableDatasetDict | Dataset | IterableDataset:
     if any(os.path.isfile(os.path.join(name, marker)) for marker in ("dataset_dict.json", "state.json")):
-        saved = datasets.load_from_disk(name)
+        # Saved with tensors as its format, it would hand tensors to every function below. (Not to be done to a stream:
+        # in `datasets` 5.2, loader workers read one row per file of a stream that was formatted and concatenated.)
+        saved = datasets.load_from_disk(name).with_format(None)
         if not data_args.streaming:
             return saved
         if isinstance(saved, Dataset):
@@ -178,8 +196,6 @@ def _load_named(name: str, data_args: DataArguments) -> DatasetDict | IterableDa
 def _raw_split(split: str, source: str, dataset: Dataset | IterableDataset, column_types: dict[str, str]) -> RawSplit:
     if not column_types:
         raise DataError(f"{source} has no rows; give data that holds text")
-    # A dataset saved with tensors as its format would hand them to every function below.
-    dataset = dataset.with_format(None)
     return RawSplit("training" if split == "train" else split, source, dataset, column_types)
 
 
@@ -253,22 +269,9 @@ def _explained(files: Sequence[str]) -> Iterator[None]:
         # A mistake that has its sentence already, a dataset of another origin, a full disk: not to be explained here.
         if not files or isinstance(error, DataError) or isinstance(_root_cause(error), (OSError, MemoryError)):
             raise
-        raise DataError(_explain(files, _root_cause(error))) from error
+        raise DataError(explain_files(files, _root_cause(error))) from error
     finally:
         datasets.logging.set_verbosity(verbosity)
-
-
-def _explain(files: Sequence[str], cause: BaseException) -> str:
-    builder = builder_of(files)
-    bad_lines = map(find_bad_line, files if builder != "parquet" else ())
-    found = next((sentence for sentence in bad_lines if sentence is not None), None)
-    if found is not None:
-        return found
-    # Two ways in which `datasets` says that there was nothing to read.
-    if isinstance(cause, SchemaInferenceError) or "corresponds to no data" in str(cause):
-        return f"{', '.join(map(repr, files))} has no rows; give data that holds text"
-    named = repr(files[0]) if len(files) == 1 else f"one of {len(files)} files ({files[0]!r} is the first)"
-    return f"{named} cannot be read as {builder} ({_first_line(cause).rstrip('.')}); correct it or leave it out"
 
 
 def _root_cause(error: BaseException) -> BaseException:

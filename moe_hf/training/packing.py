@@ -5,7 +5,7 @@ ids become rows. The first step does not depend on the block size, so another bl
 steps run lazily on a stream. Data that already holds `input_ids` is checked and otherwise left alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import DataError
 from .collator import IGNORED_LABEL
 from .data_arguments import DataArguments
-from .data_files import RawSplit, resolve_text_column
+from .data_files import RawSplit, explain_files, resolve_text_column
 
 MODEL_COLUMNS = ("input_ids", "attention_mask", "labels", "position_ids")
 
@@ -56,10 +56,18 @@ def prepare_split(
         DataError: Text that is not text, a token id the model does not have, a row longer than the block size, or
             too little text for a single row. Rows of a stream that are read later raise later.
     """
-    if "input_ids" in split.column_types:
-        rows = _check_token_rows(split, data_args, block_size=block_size, vocab_size=vocab_size)
-        next(iter(rows.take(1)))  # a stream is checked as it is read: show a mistake at its start now
-        return rows
+    try:
+        if "input_ids" in split.column_types:
+            return _use_tokens(split, data_args, block_size=block_size, vocab_size=vocab_size)
+        return _use_text(split, tokenizer, data_args, block_size=block_size, vocab_size=vocab_size)
+    except UnicodeDecodeError as error:
+        # Arrow accepts bytes that are not text, and decodes them only when a row is looked at.
+        raise DataError(explain_files(split.files, error) if split.files else f"{_where(split)}: {error}") from error
+
+
+def _use_text(
+    split: RawSplit, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, *, block_size: int, vocab_size: int
+) -> Dataset | IterableDataset:
     documents = _tokenize(split, tokenizer, data_args, vocab_size)
     rows = _pack(documents, tokenizer, data_args, block_size)
     if next(iter(rows.take(1)), None) is None:
@@ -79,13 +87,15 @@ def _pack(
     kwargs = {"block_size": block_size, "version": _CACHE_VERSION}
     if data_args.packing == "pad":
         kwargs["pad_id"] = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-        return _map(documents, _pad_rows, ("input_ids", "attention_mask", "labels"), data_args, fn_kwargs=kwargs)
+        columns = ["input_ids", "attention_mask", "labels"]
+        return _map(documents, _pad_rows, ["input_ids"], columns, data_args, fn_kwargs=kwargs)
     kwargs["by_document"] = data_args.packing == "documents"
-    columns = ("input_ids", "position_ids", "labels") if kwargs["by_document"] else ("input_ids",)
+    columns = ["input_ids", "position_ids", "labels"] if kwargs["by_document"] else ["input_ids"]
     is_stored = isinstance(documents, Dataset)
     blocks = _map(
         documents.with_format("numpy") if is_stored else documents,  # spares the detour over lists of Python integers
         _cut_blocks,
+        ["input_ids"],
         columns,
         data_args,
         batch_size=_rows_per_batch(documents, block_size),
@@ -112,6 +122,7 @@ def _tokenize(
     kwargs = {
         "tokenizer": tokenizer,
         "column": column,
+        "is_lines": split.is_lines,
         "are_joined": are_joined,
         "eos_id": eos_id,
         "vocab_size": vocab_size,
@@ -120,7 +131,7 @@ def _tokenize(
         "version": _CACHE_VERSION,
     }
     dataset = split.dataset.select_columns([column])
-    return _map(dataset, _tokenize_rows, ("input_ids",), data_args, with_indices=True, fn_kwargs=kwargs)
+    return _map(dataset, _tokenize_rows, [column], ["input_ids"], data_args, with_indices=True, fn_kwargs=kwargs)
 
 
 def _tokenize_rows(
@@ -128,6 +139,7 @@ def _tokenize_rows(
     indices: list[int],
     tokenizer: PreTrainedTokenizerBase,
     column: str,
+    is_lines: bool,
     are_joined: bool,
     eos_id: int | None,
     vocab_size: int,
@@ -142,7 +154,7 @@ def _tokenize_rows(
             value = "null" if text is None else f"{text!r:.40} ({type(text).__name__})"
             raise DataError(f"row {number} of {where}: column {column!r} holds {value} instead of a string")
         if text if are_joined else text.strip():
-            texts.append(text if are_joined else text.rstrip("\r\n"))
+            texts.append(text.rstrip("\n") if is_lines and not are_joined else text)
             numbers.append(number)
     if not texts:
         return {"input_ids": []}
@@ -190,11 +202,11 @@ def _cut_blocks(batch: dict[str, list], block_size: int, by_document: bool, vers
     return {name: values.reshape(num_blocks, block_size) for name, values in blocks.items()}
 
 
-def _check_token_rows(
+def _use_tokens(
     split: RawSplit, data_args: DataArguments, *, block_size: int, vocab_size: int
 ) -> Dataset | IterableDataset:
     """Keep the model's columns of tokenized data, after reading each row once."""
-    columns = tuple(name for name in MODEL_COLUMNS if name in split.column_types)
+    columns = [name for name in MODEL_COLUMNS if name in split.column_types]
     kwargs = {
         "block_size": block_size,
         "vocab_size": vocab_size,
@@ -202,8 +214,10 @@ def _check_token_rows(
         "first_row": split.first_row,
         "version": _CACHE_VERSION,
     }
-    dataset = split.dataset.select_columns(list(columns))
-    return _map(dataset, _checked_rows, columns, data_args, with_indices=True, fn_kwargs=kwargs)
+    dataset = split.dataset.select_columns(columns)
+    rows = _map(dataset, _checked_rows, columns, columns, data_args, with_indices=True, fn_kwargs=kwargs)
+    next(iter(rows.take(1)))  # a stream is checked as it is read: show a mistake at its start now
+    return rows
 
 
 def _checked_rows(
@@ -241,25 +255,22 @@ def _checked_rows(
 def _map(
     dataset: Dataset | IterableDataset,
     function: Callable[..., dict],
-    columns: tuple[str, ...],
+    removed: Sequence[str],
+    columns: Sequence[str],
     data_args: DataArguments,
     **options: Any,
 ) -> Dataset | IterableDataset:
-    """Run a batched `map` that replaces all columns by lists of integers."""
-    # 32 bits hold every token id and halve the cache.
-    options["features"] = Features({name: List(Value("int32")) for name in columns})
+    """Run a batched `map` that replaces the columns `removed` by lists of integers."""
+    options |= {
+        "batched": True,
+        "remove_columns": removed,  # by name: a stream may not know its columns
+        "features": Features({name: List(Value("int32")) for name in columns}),  # half the cache of 64 bits
+    }
     if isinstance(dataset, IterableDataset):
         options.pop("num_proc", None)
-        options.setdefault("batch_size", _STREAM_BATCH)
-        return dataset.map(function, batched=True, remove_columns=dataset.column_names, **options)
-    options.setdefault("num_proc", data_args.preprocessing_num_workers)
-    return dataset.map(
-        function,
-        batched=True,
-        remove_columns=dataset.column_names,
-        load_from_cache_file=not data_args.overwrite_cache,
-        **options,
-    )
+        return dataset.map(function, **({"batch_size": _STREAM_BATCH} | options))
+    options = {"num_proc": data_args.preprocessing_num_workers} | options
+    return dataset.map(function, load_from_cache_file=not data_args.overwrite_cache, **options)
 
 
 def _rows_per_batch(documents: Dataset | IterableDataset, block_size: int) -> int:

@@ -12,7 +12,7 @@ from ..checkpoint.model_card import active_parameters, render_model_card
 from ..checkpoint.topology import Topology, write_topology
 from ..errors import CheckpointError, UserError
 from ..parallel.deepspeed_config import autoep_enabled, expert_parallel_size, zero_stage
-from ..parallel.engine import prepare_for_training
+from ..parallel.engine import prepare_for_training, report_clipped_norm
 from ..parallel.processes import raise_together
 from .evaluation import compute_metrics, sample_statistics
 from .metrics import ConsoleCallback, JsonLinesCallback, PlainConsoleCallback, TrainingMetrics
@@ -83,6 +83,12 @@ class MoETrainer(Trainer):
         """6 FLOPs for each *active* matrix parameter and token, forward and backward; attention is not counted."""
         return 6 * self._active_parameters.in_matrices * inputs["input_ids"].numel()
 
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self._deepspeed_json is not None and not self._engine_checks_gradients():
+            report_clipped_norm(self.model_wrapped)
+        return prepared
+
     # ---- steps that are not finite ----
 
     def create_optimizer(self, model=None):
@@ -120,6 +126,9 @@ class MoETrainer(Trainer):
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         self._count_step()
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self._globalstep_last_logged == self.state.global_step:
+            # Trainer resets its sum by subtracting it from itself, which leaves a NaN in there for ever.
+            self._tr_loss.zero_()
         if self.control.should_evaluate or self.control.should_save:
             self._metrics.restart_clock()
 

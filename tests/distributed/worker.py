@@ -1,7 +1,7 @@
 """Run many command lines of run_clm_moe.py one after the other in the processes of one launch.
 
-Each case is `{"name": …, "argv": […]}`. Rank 0 writes the logged losses, the live model's logits on a probe and an
-independent assembly of its weights to `FOLDER/NAME/`.
+Each case is `{"name": …, "argv": […]}`. Rank 0 writes the logged losses, the user error that ended it if there was one,
+the live model's logits on a probe and an independent assembly of its weights to `FOLDER/NAME/`.
 """
 
 import gc
@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from deepspeed import zero
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from moe_hf.errors import UserError
 from moe_hf.parallel.failure import FailureRelay
 from moe_hf.training.pipeline import build_trainer, execute
 
@@ -29,15 +30,19 @@ def main() -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         unset_hf_deepspeed_config()
         trainer = build_trainer(case["argv"], relay)
-        metrics = execute(trainer)
-        record(trainer, metrics, folder / case["name"])
+        metrics, error = {}, None
+        try:
+            metrics = execute(trainer)
+        except UserError as met:
+            error = str(met)
+        record(trainer, metrics, error, folder / case["name"])
         del trainer
         gc.collect()
         dist.barrier()
     dist.destroy_process_group()
 
 
-def record(trainer, metrics: dict, folder: Path) -> None:
+def record(trainer, metrics: dict, error: str | None, folder: Path) -> None:
     """Keep what the test compares with other runs and with the export."""
     trainer.model.eval()
     with torch.no_grad():
@@ -46,12 +51,12 @@ def record(trainer, metrics: dict, folder: Path) -> None:
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         torch.save({"logits": logits, "weights": weights}, folder / "live.pt")
-        result = {"log_history": trainer.state.log_history, "metrics": metrics}
+        result = {"log_history": trainer.state.log_history, "metrics": metrics, "error": error}
         (folder / "result.json").write_text(json.dumps(result))
 
 
 def assemble_weights(model) -> dict[str, torch.Tensor] | None:
-    """Put the scattered weights together by pickling everything to everyone: slow, and nothing like the export's way."""
+    """Put the scattered weights together by pickling everything to everyone: slow, and not the export's way."""
     local = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):

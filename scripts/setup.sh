@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Make .venv with everything the package and its tests need; quick when it is there already. Sourced by the others.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.10; do
+        if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "error: no Python of at least 3.10 was found; install one or name it: PYTHON=/path/to/python bash $0" >&2
+    return 1
+}
+
+setup_venv() {
+    local stamp=.venv/.installed wanted
+    # Installed again whenever the dependencies have changed.
+    wanted=$(cksum setup.cfg pyproject.toml)
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+        return
+    fi
+    local python
+    python=$(find_python)
+    echo "Installing into .venv (a few minutes the first time) …"
+    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    # torch first and alone: a later resolver run must find it there, not choose another build.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check 'torch>=2.11,<2.14' numpy setuptools wheel
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+    echo "$wanted" >"$stamp"
+}
+
+# Number of accelerators, 0 on a machine with none.
+count_accelerators() {
+    .venv/bin/python -c 'import torch; print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)'
+}
+
+setup_venv
