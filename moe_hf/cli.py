@@ -15,7 +15,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"moe_hf {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    generate = commands.add_parser("generate", help="let an exported model continue a text, or chat with it line by line")
+    generate = commands.add_parser(
+        "generate", help="let an exported model continue a text, or chat with it line by line"
+    )
     generate.add_argument("model", help="folder of an export")
     generate.add_argument("--prompt", help="text to continue; without it, prompts are read from the terminal")
     generate.add_argument("--max_new_tokens", type=int, default=128, help="longest continuation (default: 128)")

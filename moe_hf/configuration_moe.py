@@ -26,14 +26,16 @@ _TRANSFORMERS_KEYS = {
     "torch_dtype",
 }
 
+# Everything that one of the RoPE scalings reads.
+_ROPE_KEYS = {*RopeParameters.__annotations__, "type", "truncate", "mscale", "mscale_all_dim"}
+
 
 @strict
 class MoEConfig(PreTrainedConfig):
     r"""Describe a decoder-only transformer whose layers are dense or mixtures of experts.
 
     Which layers are sparse is told by `mlp_layer_types`, or by one of two shorthands: `moe_layer_indices`, or
-    `first_k_dense_replace` together with `decoder_sparse_step`. The shorthands are kept, so that a copy with another
-    number of layers derives its own list.
+    `first_k_dense_replace` together with `decoder_sparse_step`. The list that a shorthand gives is stored beside it.
 
     Args:
         vocab_size (`int`, defaults to 50304): rows of the token embedding.
@@ -78,7 +80,14 @@ class MoEConfig(PreTrainedConfig):
     """
 
     model_type = "moe_hf"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "ce_loss",
+        "aux_loss",
+        "z_loss",
+        "layer_aux_losses",
+        "layer_z_losses",
+    ]
     attribute_map = {"num_local_experts": "num_experts"}
 
     base_model_tp_plan = {
@@ -150,10 +159,13 @@ class MoEConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs) -> None:
         self._reject_unknown_keys(kwargs)
+        self._take_alias(kwargs)
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        # What is derived below divides by sizes and counts up to them.
+        self._check_ranges()
         self._check_heads()
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
@@ -175,6 +187,10 @@ class MoEConfig(PreTrainedConfig):
         """Return the layer types that the shorthand fields describe, `num_hidden_layers` of them."""
         num_layers = self.num_hidden_layers
         if self.num_experts == 0:
+            if self.moe_layer_indices:
+                raise ValueError(
+                    f"moe_layer_indices={self.moe_layer_indices} but num_experts=0; give num_experts at least 1."
+                )
             sparse: set[int] = set()
         elif self.moe_layer_indices is not None:
             if self.decoder_sparse_step != 1 or self.first_k_dense_replace != 0:
@@ -220,6 +236,14 @@ class MoEConfig(PreTrainedConfig):
             hint = f"did you mean {nearest[0]}?" if nearest else "see MoEConfig for the fields there are."
             raise ValueError(f"{key}={value!r} is not a field of MoEConfig; {hint}")
 
+    def _take_alias(self, kwargs: dict) -> None:
+        """Apply `num_local_experts` before anything is derived from `num_experts`."""
+        if (given := kwargs.pop("num_local_experts", None)) is None:
+            return
+        if self.num_experts not in (given, type(self).num_experts):
+            raise ValueError(f"num_local_experts={given} and num_experts={self.num_experts} are one setting; give one.")
+        self.num_experts = given
+
     def _check_ranges(self) -> None:
         for name in (
             "vocab_size",
@@ -246,6 +270,11 @@ class MoEConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={value} must be a finite number above 0.")
         if not 0.0 <= self.attention_dropout < 1.0:
             raise ValueError(f"attention_dropout={self.attention_dropout} must be at least 0 and below 1.")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            for token in value if isinstance(value, list) else [value]:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ValueError(f"{name}={value} must lie in the vocabulary, below vocab_size={self.vocab_size}.")
         choices = {
             "hidden_act": ("silu",),
             "qk_norm_scope": ("head", "full"),
@@ -280,6 +309,17 @@ class MoEConfig(PreTrainedConfig):
             self.validate_rope()
         except KeyError as error:
             raise ValueError(f"rope_parameters={self.rope_parameters}: {error.args[0]}.") from None
+        # Transformers only warns about these, or not at all.
+        for name in ("rope_theta", "factor", "partial_rotary_factor"):
+            value = self.rope_parameters.get(name, 1.0)
+            valid = isinstance(value, (int, float)) and math.isfinite(value) and value > 0
+            if not valid or (name == "partial_rotary_factor" and value > 1):
+                limit = " and at most 1" if name == "partial_rotary_factor" else ""
+                raise ValueError(f"rope_parameters has {name}={value}; it must be a finite number above 0{limit}.")
+        if unknown := sorted(self.rope_parameters.keys() - _ROPE_KEYS):
+            nearest = difflib.get_close_matches(unknown[0], sorted(_ROPE_KEYS), n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(sorted(_ROPE_KEYS))}."
+            raise ValueError(f"rope_parameters has an unknown key {unknown[0]!r}; {hint}")
 
     def _check_layer_types(self) -> None:
         types = self.mlp_layer_types

@@ -312,6 +312,11 @@ class MoEPreTrainedModel(PreTrainedModel):
         "attentions": MoEAttention,
     }
 
+    def __init__(self, config: MoEConfig, *args, **kwargs) -> None:
+        # `from_pretrained` sets overrides after the configuration was validated.
+        config.validate_architecture()
+        super().__init__(config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -451,19 +456,32 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
 
+        ce_loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
         result = MoECausalLMOutput(
+            # Given at once: an output's entries are ordered as they come, and `loss` is the first by convention.
+            loss=ce_loss,
+            ce_loss=ce_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
         )
-        if labels is not None:
-            result.ce_loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
-            result.loss = result.ce_loss
         if needs_router_losses:
+            if num_tokens_in_batch is None and kwargs.get("num_items_in_batch") is not None:
+                num_tokens_in_batch = self._estimate_num_tokens(outputs, labels, kwargs["num_items_in_batch"])
             self._add_router_losses(result, outputs, attention_mask, num_tokens_in_batch)
         return result
+
+    @staticmethod
+    def _estimate_num_tokens(outputs: MoEModelOutput, labels: torch.Tensor, num_items_in_batch) -> torch.Tensor:
+        """Take the share that a micro-batch has of the batch's labels for its share of the tokens.
+
+        For a plain `Trainer`, which counts labels only; `moe_hf`'s own counts the tokens.
+        """
+        num_tokens = outputs.last_hidden_state.shape[:2].numel()
+        num_items = (labels[:, 1:] != -100).sum()
+        return num_tokens * num_items_in_batch / num_items.clamp(min=1e-9)
 
     def _has_router_losses(self) -> bool:
         config = self.config

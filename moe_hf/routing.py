@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.utils.generic import maybe_autocast
 
 # Sums an integer tensor over the data-parallel ranks; the identity when there is one.
 StatisticsReducer = Callable[[torch.Tensor], torch.Tensor]
@@ -58,7 +59,7 @@ class MoERouter(nn.Module):
             `top_k_weights` `(T, K)` float32, `top_k_index` `(T, K)` int64 and `tokens_per_expert` `(E,)` int32: what
             DeepSpeed's expert-parallel layer unpacks from its router.
         """
-        with torch.autocast(device_type=hidden_states.device.type, enabled=False):
+        with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
             router_logits = F.linear(hidden_states.float(), self.weight.float())
         scores = router_logits.softmax(dim=-1)
         choice = scores if expert_bias is None else scores + expert_bias

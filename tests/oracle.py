@@ -46,7 +46,8 @@ def train(model: MoEForCausalLM, recipe: Recipe, dtype: torch.dtype = torch.floa
     each micro-batch through the model in as many pieces as there are ranks.
     """
     result = Trajectory()
-    masters = {name: parameter.data.clone() for name, parameter in model.named_parameters()}
+    # As mixed precision does: the float32 weights begin as the rounded ones.
+    masters = {name: parameter.data.to(dtype).float() for name, parameter in model.named_parameters()}
     decayed = [p for n, p in model.named_parameters() if "norm" not in n]
     plain = [p for n, p in model.named_parameters() if "norm" in n]
     optimizer = torch.optim.AdamW(

@@ -40,10 +40,21 @@ def small_config(**changes) -> MoEConfig:
 
 
 def save_small_model(folder: Path, **changes) -> None:
-    """Save initial weights and a tokenizer; what all tokens have in common makes experts get unequal loads."""
+    """Save initial weights and a tokenizer.
+
+    Each token points clearly to two experts, the first of them for every second token: the loads are unequal, and
+    rounding to 16 bits does not tip tokens from one expert to another, where the loss is not continuous.
+    """
     torch.manual_seed(11)
     model = MoEForCausalLM(small_config(**changes))
-    model.model.embed_tokens.weight.data += 0.2 * torch.randn(model.config.hidden_size)
+    directions = torch.linalg.qr(torch.randn(model.config.hidden_size, model.config.hidden_size)).Q
+    num_experts = model.config.num_experts
+    for token, embedding in enumerate(model.model.embed_tokens.weight.data):
+        first = 0 if token % 2 == 0 else 1 + token // 2 % (num_experts - 1)
+        second = (first + 1 + token // 6 % (num_experts - 1)) % num_experts
+        embedding += 2.0 * directions[first] + 1.4 * directions[second]
+    for layer in model.model.layers[1::2]:
+        layer.mlp.gate.weight.data = 0.2 * layer.mlp.gate.weight.data + directions[:num_experts]
     model.save_pretrained(folder)
     save_tokenizer(folder)
 
@@ -73,15 +84,15 @@ def deepspeed_json(zero: int, ep: int | None, **sections) -> dict:
     return config | sections
 
 
-def recipe(rows: list[dict], accumulation: int = 1, num_steps: int = NUM_STEPS) -> oracle.Recipe:
+def recipe(rows: list[dict], accumulation: int = 1, learning_rate: float = 1e-3) -> oracle.Recipe:
     """Return what the oracle is to do; `flags` says the same on a command line."""
     config = small_config()
     return oracle.Recipe(
         rows=rows,
-        num_steps=num_steps,
+        num_steps=NUM_STEPS,
         micro_batches_per_step=accumulation,
         rows_per_micro_batch=GLOBAL_MICRO_BATCH,
-        learning_rate=1e-3,
+        learning_rate=learning_rate,
         weight_decay=0.1,
         # Adam divides a gradient by its own size: at the usual 1e-8 an element whose gradient is rounding noise moves
         # by a full step in either direction, and a comparison would be of noise.

@@ -92,7 +92,7 @@ class MoETrainer(Trainer):
     # ---- steps that are not finite ----
 
     def create_optimizer(self, model=None):
-        """As in `Trainer`, with the experts in groups of their own under AutoEP, and a guard where nobody looks for NaN."""
+        """As in `Trainer`; AutoEP's experts get groups of their own, and a guard looks for NaN where nobody else does."""
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
