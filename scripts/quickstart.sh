@@ -24,9 +24,12 @@ else
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( $(nproc) / 2 > 0 ? $(nproc) / 2 : 1 ))}
 fi
 export TOKENIZERS_PARALLELISM=false
+# DeepSpeed still calls some collectives by names that torch renames.
+export PYTHONWARNINGS="ignore::FutureWarning"
 
 echo "1/3 Training the preset 'quickstart' in $processes processes: ZeRO-3, expert parallelism."
-PATH="$PWD/.venv/bin:$PATH" .venv/bin/deepspeed --num_accelerators "$processes" run_clm_moe.py \
+PATH="$PWD/.venv/bin:$PATH" .venv/bin/deepspeed --log_level warning --num_accelerators "$processes" \
+    run_clm_moe.py \
     --config_name quickstart \
     --deepspeed ds_configs/zero3_ep.json \
     --output_dir "$output_dir" --overwrite_output_dir \

@@ -45,9 +45,7 @@ def evaluation_loss(model, tokenizer) -> float:
     """Return the mean cross-entropy over the tokens that the trainer evaluated on."""
     arguments = DataArguments(max_eval_samples=128)
     vocab_size = model.config.vocab_size
-    _, rows = build_datasets(
-        arguments, tokenizer, block_size=256, vocab_size=vocab_size, do_train=False, do_eval=True
-    )
+    _, rows = build_datasets(arguments, tokenizer, block_size=256, vocab_size=vocab_size, do_train=False, do_eval=True)
     collate = CausalLMCollator(pad_token_id=tokenizer.pad_token_id)
     total, num_tokens = 0.0, 0
     for start in range(0, len(rows), 8):
@@ -66,15 +64,18 @@ def generate(model, tokenizer) -> str:
         **inputs, max_new_tokens=80, do_sample=True, temperature=0.7, top_p=0.9, pad_token_id=tokenizer.pad_token_id
     )
     text = tokenizer.decode(tokens[0], skip_special_tokens=True)
-    return "\nA sample, after a few minutes of learning Python:\n\n" + "\n".join(f"    {line}" for line in text.split("\n"))
+    return "\nA sample, after a few minutes of learning Python:\n\n" + "\n".join(
+        f"    {line}" for line in text.split("\n")
+    )
 
 
 def print_summary(output_dir: Path, model, loss: float, difference: float) -> None:
     entries = [json.loads(line) for line in (output_dir / METRICS_NAME).read_text().splitlines()]
     steps = [entry for entry in entries if "loss" in entry]
     speeds = sorted(entry["tokens_per_second"] for entry in steps)
+    first, last = steps[0], steps[-1]
     rows = {
-        "loss": f"{steps[0]['loss']:.3f} at step {steps[0]['step']} → {steps[-1]['loss']:.3f} at step {steps[-1]['step']}",
+        "loss": f"{first['loss']:.3f} at step {first['step']} → {last['loss']:.3f} at step {last['step']}",
         "evaluation": f"loss {loss:.4f}, perplexity {math.exp(loss):.2f}",
         "export = trainer": f"yes, evaluation losses differ by {difference:.1e}",
         "throughput": f"{speeds[len(speeds) // 2]:,.0f} tokens/s (median over the run)",

@@ -11,12 +11,12 @@ ROOT = Path(__file__).resolve().parent.parent
 WORKER = ROOT / "tests" / "distributed" / "worker.py"
 
 
-def environment() -> dict[str, str]:
-    """Return an environment in which several ranks share two cores and no accelerator or network is looked for."""
+def environment(on_cpu: bool = True) -> dict[str, str]:
+    """Return an environment in which several ranks share two cores, and nobody looks for a network."""
+    without_accelerator = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if on_cpu else {}
     return {
         **os.environ,
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
+        **without_accelerator,
         "HF_DATASETS_OFFLINE": "1",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
@@ -32,14 +32,25 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def deepspeed(num_ranks: int, *words: str | Path, timeout: int = 600, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+def deepspeed(
+    num_ranks: int, *words: str | Path, timeout: int = 600, cwd: Path = ROOT, on_cpu: bool = True
+) -> subprocess.CompletedProcess:
     """Run `deepspeed --num_accelerators NUM_RANKS …` to its end and return what it printed."""
-    launcher = Path(sys.executable).with_name("deepspeed")
-    command = [launcher, "--num_accelerators", num_ranks, "--master_port", free_port(), *words]
+    # What the `deepspeed` command consists of, also where its script is not beside the interpreter.
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        num_ranks,
+        "--master_port",
+        free_port(),
+        *words,
+    ]
     return subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
-        env=environment(),
+        env=environment(on_cpu),
         capture_output=True,
         text=True,
         timeout=timeout,

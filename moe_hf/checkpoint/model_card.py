@@ -68,7 +68,8 @@ def render_model_card(config: MoEConfig, log_history: list[dict], args: Training
     if args is not None:
         sections.append(
             "## Training\n\n"
-            f"Learning rate {args.learning_rate}, {args.lr_scheduler_type} schedule, weight decay {args.weight_decay}, "
+            f"Learning rate {args.learning_rate}, {args.lr_scheduler_type.value} schedule, "
+            f"weight decay {args.weight_decay}, "
             f"{args.per_device_train_batch_size} sequences per device × {args.gradient_accumulation_steps} "
             f"accumulation steps × {args.world_size} processes, seed {args.seed}."
         )

@@ -29,6 +29,13 @@ def prepare_for_training(model: MoEForCausalLM, deepspeed_config: dict | None) -
         set_z3_leaf_modules(model, [MoESparseBlock])
 
 
+def join_process_group() -> None:
+    """Let DeepSpeed use the process group there is; without it `zero.Init` takes this process for the only one."""
+    import deepspeed
+
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
 @torch.no_grad()
 def sum_over_data_parallel_ranks(statistics: torch.Tensor) -> torch.Tensor:
     """Return the sum of an integer tensor over the data-parallel ranks (a collective call)."""

@@ -5,6 +5,7 @@ are told through the key-value store that `torch.distributed` keeps for its own 
 process watches.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from .processes import rank, world_size
 
 EXIT_CODE = 2
-_SENTENCE, _PRINTED = "moe_hf/failure", "moe_hf/failure/printed"
+_SENTENCE, _PRINTED, _CLAIMS = "moe_hf/failure", "moe_hf/failure/printed", "moe_hf/failure/claims"
 _POLL_SECONDS = 0.5
 _PATIENCE_SECONDS = 30.0
 
@@ -47,6 +48,14 @@ class FailureRelay:
         finally:
             _exit_now()
 
+    def await_end_if_told(self) -> None:
+        """Do not return while an error is ending all processes: what the first to go have broken here is no news."""
+        if self._store is None:
+            return
+        with contextlib.suppress(Exception):  # the store ends with rank 0
+            if self._store.check([_SENTENCE]):
+                time.sleep(_PATIENCE_SECONDS)
+
     def _poll(self) -> None:
         try:
             while not self._store.check([_SENTENCE]):
@@ -58,22 +67,32 @@ class FailureRelay:
         _exit_now()
 
     def _finish(self, sentence: str) -> None:
-        if rank() == 0:
+        if rank() == 0 or not self._is_printed_by_rank_0():
             # Never released: whichever thread comes second waits here until the first has ended the process.
             self._printing.acquire()
-            print(f"error: {sentence}", file=sys.stderr, flush=True)
+            if self._store is None or self._store.add(_CLAIMS, 1) == 1:
+                print(f"error: {sentence}", file=sys.stderr, flush=True)
             if self._store is not None:
                 self._store.set(_PRINTED, "1")
-                # Rank 0 holds the store: give the others a moment to see that they may go.
-                time.sleep(2 * _POLL_SECONDS)
-        elif self._store is not None:
-            self._store.wait([_PRINTED])
-        else:
+        if rank() == 0 and self._store is not None:
+            # Rank 0 holds the store: give the others a moment to see that they may go.
+            time.sleep(2 * _POLL_SECONDS)
+
+    def _is_printed_by_rank_0(self) -> bool:
+        """Leave the word to rank 0 for a while: it may not know of the error, or be where its threads cannot run."""
+        if self._store is None:
+            # If rank 0 meets the same error, the launcher ends us here. If not, one process of each machine speaks.
             self._await_termination(_PATIENCE_SECONDS)
+            return os.environ.get("LOCAL_RANK", "0") != "0"
+        try:
+            self._store.wait([_PRINTED])
+        except dist.DistStoreError:
+            return False
+        return True
 
     @staticmethod
     def _await_termination(seconds: float) -> None:
-        """Leave the word to rank 0: the launcher ends everyone as soon as the first of us is gone."""
+        """Wait for the launcher, which ends everyone as soon as the first of us is gone."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda *_: _exit_now())
         time.sleep(seconds)

@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UserError
 from .data_arguments import DataArguments
 
 
@@ -127,13 +127,23 @@ def parse_arguments(argv: list[str], description: str | None = None) -> argparse
     parser.check_known(flags, "--{}")
     if unknown:
         raise ConfigError(f"{unknown[0]!r} is not preceded by a flag; see --help.")
+    _check_dictionaries(namespace)
     return namespace
 
 
 def construct(dataclass_type: type, namespace: argparse.Namespace, **replaced):
-    """Build one of the argument dataclasses from the parsed namespace, with some values replaced."""
+    """Build one of the argument dataclasses from the parsed namespace, with some values replaced.
+
+    Raises:
+        ConfigError: the values contradict each other, or need a package that is not installed.
+    """
     values = {f.name: getattr(namespace, f.name) for f in fields(dataclass_type) if f.init}
-    return dataclass_type(**(values | replaced))
+    try:
+        return dataclass_type(**(values | replaced))
+    except UserError:
+        raise
+    except (ValueError, ImportError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def _read_file(path: str) -> dict:
@@ -147,6 +157,18 @@ def _read_file(path: str) -> dict:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold one mapping of argument names to values, not a {type(values).__name__}.")
     return values
+
+
+def _check_dictionaries(namespace: argparse.Namespace) -> None:
+    """Name the flag and its value; `TrainingArguments` names neither, and takes what does not begin with a brace."""
+    for name, value in vars(namespace).items():
+        if name.endswith("_kwargs") and isinstance(value, str):
+            try:
+                is_dictionary = isinstance(json.loads(value), dict)
+            except ValueError:
+                is_dictionary = False
+            if not is_dictionary:
+                raise ConfigError(f"--{name} {value} is not a JSON object; write it like '{{\"key\": true}}'.")
 
 
 def _as_default(value):

@@ -146,7 +146,8 @@ def find_bad_line(file: str) -> str | None:
         stream.seek(0)
         for number, raw in enumerate([stream.read()] if is_document else stream, start=1):
             try:
-                value = json.loads(raw.decode("utf-8")) if is_json and raw.strip() else {}
+                # Without the line break: what is missing at the end of a line would be found on the next.
+                value = json.loads(raw.rstrip().decode("utf-8")) if is_json and raw.strip() else {}
                 raw.decode("utf-8")
             except UnicodeDecodeError as error:
                 number += raw.count(b"\n", 0, error.start)

@@ -19,6 +19,9 @@ def run(program: Callable, argv: list[str], description: str | None = None) -> N
         program(argv, relay, description)
     except UserError as error:
         relay.exit(" ".join(str(error).split()))
+    except Exception:
+        relay.await_end_if_told()
+        raise
     finally:
         # A process group that is alive at interpreter exit aborts the process.
         if dist.is_initialized():

@@ -1,15 +1,20 @@
 """From a preset, a file or a folder, plus overrides, to one validated `MoEConfig`."""
 
+import copy
 import difflib
 import json
 import typing
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 
 from ..configuration_moe import MoEConfig
 from ..errors import ConfigError
+from ..modeling_moe import MoEForCausalLM
 from ..presets import preset_names, read_preset
 from .arguments import ModelArguments
 
@@ -51,9 +56,33 @@ def make_config(values: dict) -> MoEConfig:
     """Construct `MoEConfig(**values)`; whatever is wrong becomes a `ConfigError` of one sentence."""
     try:
         return MoEConfig(**values)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         # Type errors of the strict base class come over several lines, the last of which says it all.
         raise ConfigError(str(error).strip().splitlines()[-1].strip().removeprefix("TypeError: ")) from None
+
+
+def check_weights(folder: str, config: MoEConfig) -> None:
+    """Refuse a folder unless its weights are those of the model: Transformers leaves what it misses at random.
+
+    Args:
+        folder: with `*.safetensors` files, of which only names and shapes are read.
+        config: of the model that is to be loaded from it.
+
+    Raises:
+        ConfigError: a file is damaged, or a weight is missing, has another shape or belongs to another model.
+    """
+    with torch.device("meta"):
+        wanted = {k: list(v.shape) for k, v in MoEForCausalLM(copy.deepcopy(config)).state_dict().items()}
+    saved = _read_shapes(folder)
+    tied = MoEForCausalLM._tied_weights_keys if config.tie_word_embeddings else {}
+    wrong = [f"{k} has shape {saved[k]} instead of {v}" for k, v in wanted.items() if saved.get(k, v) != v]
+    wrong += [f"{k} is missing" for k in wanted if k not in saved and k not in tied]
+    wrong += [f"{k} is not part of it" for k in saved if k not in wanted]
+    if wrong:
+        raise ConfigError(
+            f"--model_name_or_path {folder} does not fit the model: {wrong[0]}; "
+            "leave out the flags that change its configuration."
+        )
 
 
 def parse_overrides(text: str) -> dict:
@@ -142,3 +171,14 @@ def _read_folder(source: str) -> dict:
     if not list(folder.glob("*.safetensors")):
         raise ConfigError(f"--model_name_or_path {source} holds no *.safetensors file, so there are no weights in it.")
     return _read_config(str(folder))
+
+
+def _read_shapes(folder: str) -> dict[str, list[int]]:
+    shapes = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"--model_name_or_path {folder}: {path.name} is damaged ({error}).") from None
+    return shapes

@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..checkpoint.topology import Topology, check_resumable
 from ..configuration_moe import MoEConfig
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, UserError
 from ..modeling_moe import MoEForCausalLM
 from ..parallel.deepspeed_config import (
     autoep_enabled,
@@ -25,6 +25,7 @@ from ..parallel.deepspeed_config import (
     with_expert_parallel_size,
     zero_stage,
 )
+from ..parallel.engine import join_process_group
 from ..parallel.failure import FailureRelay
 from ..parallel.processes import raise_together, world_size
 from .arguments import ModelArguments, MoETrainingArguments, construct, parse_arguments
@@ -34,7 +35,7 @@ from .data import build_datasets, resolve_block_size
 from .data_arguments import DataArguments
 from .data_files import check_data_arguments
 from .metrics import METRICS_NAME
-from .model_config import build_config
+from .model_config import build_config, check_weights
 from .trainer import EXPORT_NAME, MoETrainer
 
 
@@ -59,29 +60,44 @@ def build_trainer(argv: list[str], relay: FailureRelay, description: str | None 
     model_args = construct(ModelArguments, namespace)
     data_args = construct(DataArguments, namespace)
     config = build_config(model_args)
+    if model_args.model_name_or_path is not None:
+        check_weights(model_args.model_name_or_path, config)
     deepspeed_json = _checked_deepspeed_json(namespace, config)
     topology = _topology(namespace, deepspeed_json)
     check_data_arguments(data_args)
     resume_from = _checked_output_folder(namespace, topology, config)
 
-    args = construct(MoETrainingArguments, namespace, deepspeed=deepspeed_json, resume_from_checkpoint=resume_from)
-    relay.watch()
+    try:
+        args = construct(MoETrainingArguments, namespace, deepspeed=deepspeed_json, resume_from_checkpoint=resume_from)
+    finally:
+        # Also when it fails, because by then it may have started the process group.
+        relay.watch()
+    if deepspeed_json is not None:
+        join_process_group()
     set_seed(args.seed)
-    if args.overwrite_output_dir and resume_from is None:
-        _remove_earlier_run(args)
 
     tokenizer = _load_tokenizer(args, model_args, data_args, config)
     train_dataset, eval_dataset = _load_data(args, data_args, tokenizer, config)
     model = _build_model(model_args, config, tokenizer)
-    return MoETrainer(
-        topology=topology,
-        model=model,
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        data_collator=CausalLMCollator(pad_token_id=tokenizer.pad_token_id or 0),
-        processing_class=tokenizer,
-    )
+    # Nothing is written or deleted before all ranks have found everything well.
+    raise_together(None)
+    try:
+        trainer = MoETrainer(
+            topology=topology,
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=CausalLMCollator(pad_token_id=tokenizer.pad_token_id or 0),
+            processing_class=tokenizer,
+        )
+    except UserError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if args.overwrite_output_dir and resume_from is None:
+        _remove_earlier_run(args)
+    return trainer
 
 
 def execute(trainer: MoETrainer) -> dict[str, float]:
@@ -241,4 +257,3 @@ def _evaluate(trainer: MoETrainer) -> dict[str, float]:
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
     return metrics
-

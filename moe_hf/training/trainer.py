@@ -92,7 +92,7 @@ class MoETrainer(Trainer):
     # ---- steps that are not finite ----
 
     def create_optimizer(self, model=None):
-        """As in `Trainer`; AutoEP's experts get groups of their own, and a guard looks for NaN where nobody else does."""
+        """As in `Trainer`; AutoEP's experts get their own groups, and a guard looks for NaN where nobody does."""
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)

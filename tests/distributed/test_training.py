@@ -73,6 +73,23 @@ def poisoned_rows(steps: set[int]) -> list[dict]:
     return rows
 
 
+def from_scratch(folder: Path, tokenizer: Path) -> list[str]:
+    """Command line of a run that starts from a preset and from documents of unequal length, kept apart in blocks."""
+    documents = [{"text": " ".join(f"w{3 + (start + i) % 7}" for i in range(9 + start % 5))} for start in range(400)]
+    (folder / "from_scratch.json").write_text(json.dumps(deepspeed_json(3, 2)))
+    return flags(
+        recipe([], learning_rate=1e-2),
+        2,
+        config_name="quickstart",
+        config_overrides="vocab_size=128,hidden_size=32,num_attention_heads=2,num_key_value_heads=1,head_dim=16",
+        tokenizer_name=tokenizer,
+        train_file=write_rows(documents, folder / "documents.jsonl"),
+        packing="documents",
+        output_dir=folder / "from_scratch",
+        deepspeed=folder / "from_scratch.json",
+    )
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory, small_model, rows_file) -> Path:
     """Folder in which both launches have left `results/NAME` and `NAME/hf`."""
@@ -87,6 +104,8 @@ def lab(tmp_path_factory, small_model, rows_file) -> Path:
         words = {"model_name_or_path": model, "train_file": rows, "output_dir": folder / name, "deepspeed": config}
         cases.append({"name": name, "argv": flags(plan, 2, **(words | others))})
 
+    # First of all, while DeepSpeed has not seen the process group: random weights made inside zero.Init, from text.
+    cases.append({"name": "from_scratch", "argv": from_scratch(folder, small_model)})
     for name in SHIPPED:
         add(f"shipped_{name}", ROOT / "ds_configs" / name)
     for name, (zero, ep) in EP_RUNS.items():
@@ -97,7 +116,11 @@ def lab(tmp_path_factory, small_model, rows_file) -> Path:
     add("checkpointing", deepspeed_json(3, 2), gradient_checkpointing=True)
 
     evaluation = write_rows(make_rows(7), folder / "evaluation.jsonl")
-    add("evaluated", deepspeed_json(3, 2), validation_file=evaluation, do_eval=True, per_device_eval_batch_size=2)
+    evaluates = {"validation_file": evaluation, "do_eval": True, "per_device_eval_batch_size": 2}
+    add("evaluated", deepspeed_json(3, 2), **evaluates)
+    # Evaluation alone, of what the run before has exported.
+    exported_model = {"model": folder / "evaluated" / "hf", "do_train": False}
+    add("evaluated_again", deepspeed_json(3, 2), **evaluates, **exported_model)
 
     add("one_token", deepspeed_json(2, 2), rows=write_rows(odd_rows(), folder / "odd.jsonl"))
     for wanted in ("first_rank_only", "one_expert"):
@@ -152,6 +175,14 @@ def plain(small_model, rows) -> oracle.Trajectory:
     return oracle.train(MoEForCausalLM.from_pretrained(small_model).train(), recipe(rows))
 
 
+def test_a_preset_learns_from_text(lab):
+    losses = [entry["loss"] for entry in training_steps(lab, "from_scratch")]
+    assert losses[0] == pytest.approx(torch.tensor(128.0).log().item(), rel=0.05)  # knows nothing yet
+    assert losses[-1] < losses[0] - 0.5
+    model, info = MoEForCausalLM.from_pretrained(lab / "from_scratch" / "hf", output_loading_info=True)
+    assert not info["missing_keys"] and model.config.eos_token_id == 1
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_json_trains_like_one_process(lab, plain, name):
     assert_same_trajectory(lab, f"shipped_{name}", plain)
@@ -192,6 +223,13 @@ def test_evaluation_is_over_tokens(lab):
     assert metrics["eval_loss"] == pytest.approx(total / count, rel=1e-5)
     assert metrics["eval_perplexity"] == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-4)
     assert metrics["eval_aux_loss"] > 0 and metrics["eval_z_loss"] > 0
+
+
+def test_evaluation_alone_gives_the_same(lab):
+    again, before = result_of(lab, "evaluated_again")["metrics"], result_of(lab, "evaluated")["metrics"]
+    for key in ("eval_loss", "eval_aux_loss", "eval_z_loss", "eval_tokens"):
+        assert again[key] == pytest.approx(before[key], rel=1e-6)
+    assert not (lab / "evaluated_again" / "hf").exists()
 
 
 @pytest.mark.parametrize("name", EP_RUNS)
