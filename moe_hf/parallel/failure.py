@@ -15,7 +15,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from .processes import rank, world_size
+from .processes import raise_together, rank, world_size
 
 EXIT_CODE = 2
 _SENTENCE, _PRINTED, _CLAIMS = "moe_hf/failure", "moe_hf/failure/printed", "moe_hf/failure/claims"
@@ -29,6 +29,7 @@ class FailureRelay:
     def __init__(self) -> None:
         self._store = None
         self._printing = threading.Lock()
+        self._stopped = threading.Event()
 
     def watch(self) -> None:
         """Start watching for errors of other processes; a process group must exist. Does nothing when called again."""
@@ -38,6 +39,13 @@ class FailureRelay:
         self._store = dist.distributed_c10d._get_default_store().clone()
         self._store.set_timeout(timedelta(seconds=_PATIENCE_SECONDS))
         threading.Thread(target=self._poll, name="failure-relay", daemon=True).start()
+
+    def stop(self) -> None:
+        """Stop watching once all processes have come to their end (a collective call)."""
+        if self._store is not None:
+            # Rank 0 takes the store with it; to a process that still watched this would look like a failure.
+            raise_together(None)
+            self._stopped.set()
 
     def exit(self, sentence: str) -> None:
         """Print `sentence` once over all processes and end this one with exit code 2; does not return."""
@@ -59,11 +67,14 @@ class FailureRelay:
     def _poll(self) -> None:
         try:
             while not self._store.check([_SENTENCE]):
-                time.sleep(_POLL_SECONDS)
+                if self._stopped.wait(_POLL_SECONDS):
+                    return
             self._finish(self._store.get(_SENTENCE).decode())
         except Exception:
             # The store lives in rank 0; without it that process has ended, and with it the run.
             self._await_termination(_POLL_SECONDS)
+            if self._stopped.is_set():
+                return
         _exit_now()
 
     def _finish(self, sentence: str) -> None:

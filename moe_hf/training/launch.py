@@ -17,6 +17,7 @@ def run(program: Callable, argv: list[str], description: str | None = None) -> N
     relay = FailureRelay()
     try:
         program(argv, relay, description)
+        relay.stop()
     except UserError as error:
         relay.exit(" ".join(str(error).split()))
     except Exception:

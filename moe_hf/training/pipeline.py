@@ -16,15 +16,15 @@ from ..checkpoint.topology import Topology, check_resumable
 from ..configuration_moe import MoEConfig
 from ..errors import ConfigError, DataError, UserError
 from ..modeling_moe import MoEForCausalLM
+from ..parallel.deepspeed_checks import check_deepspeed_config
 from ..parallel.deepspeed_config import (
     autoep_enabled,
-    check_deepspeed_config,
-    check_deepspeed_keys,
     expert_parallel_size,
     read_deepspeed_json,
     with_expert_parallel_size,
     zero_stage,
 )
+from ..parallel.deepspeed_schema import check_deepspeed_keys
 from ..parallel.engine import join_process_group
 from ..parallel.failure import FailureRelay
 from ..parallel.processes import raise_together, world_size

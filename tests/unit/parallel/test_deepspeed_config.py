@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from moe_hf.errors import ConfigError
+from moe_hf.parallel import deepspeed_checks as checks
 from moe_hf.parallel import deepspeed_config as dc
-from moe_hf.parallel.deepspeed_schema import AUTO_KEYS, check_deepspeed_values, deepspeed_schema
+from moe_hf.parallel.deepspeed_schema import AUTO_KEYS, check_deepspeed_keys, check_deepspeed_values, deepspeed_schema
 
 SHIPPED = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
 
@@ -54,7 +55,7 @@ def config_with(changes: dict | None = None) -> dict:
 
 
 def check(changes: dict | None = None, **run) -> None:
-    dc.check_deepspeed_config(config_with(changes), **(RUN | run))
+    checks.check_deepspeed_config(config_with(changes), **(RUN | run))
 
 
 def refuses(sentence: str):
@@ -65,8 +66,8 @@ def refuses(sentence: str):
 def test_shipped_files_pass_and_leave_the_argument_unchanged(path):
     config = dc.read_deepspeed_json(path)
     before = copy.deepcopy(config)
-    dc.check_deepspeed_config(config, **RUN)
-    dc.check_deepspeed_config(config, **(RUN | {"bf16": False, "world_size": 2, "max_grad_norm": 0.5}))
+    checks.check_deepspeed_config(config, **RUN)
+    checks.check_deepspeed_config(config, **(RUN | {"bf16": False, "world_size": 2, "max_grad_norm": 0.5}))
     assert config == before
     assert dc.expert_parallel_size(config) == (2 if path.stem.endswith("_ep") else 0)
     assert f"zero{dc.zero_stage(config)}" == path.stem[:5]
@@ -140,7 +141,7 @@ def test_valid_configs_pass(changes):
 )
 def test_unknown_keys_are_refused(config, sentence):
     with refuses(sentence):
-        dc.check_deepspeed_keys(config)
+        check_deepspeed_keys(config)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +289,7 @@ def test_contradictions_are_refused(changes, run, sentence):
         (
             {"tensor_parallel": {"autotp_size": 2}},
             {},
-            "tensor_parallel.autotp_size=2 is not supported together with expert parallelism yet; use 1",
+            "tensor_parallel.autotp_size=2 is not supported yet, only expert and data parallelism are; use 1",
         ),
         ({"tensor_parallel": {"tp": {"tp_size": 2}}}, {}, "tensor_parallel.tp.tp_size=2 is not supported"),
         ({"sequence_parallel_size": 2}, {}, "sequence_parallel_size=2 is not supported"),
@@ -397,16 +398,18 @@ def test_every_field_of_deepspeeds_models_is_accepted():
         for name, field in model.model_fields.items():
             for key in {name, field.alias or name}:
                 value = {} if name in ("offload_param", "offload_optimizer", "zenflow", "leaf_module") else 1
-                dc.check_deepspeed_keys({section: {key: value}})
+                check_deepspeed_keys({section: {key: value}})
 
 
 def test_every_autoep_option_is_accepted_as_a_key():
     from deepspeed.module_inject.auto_ep_config import AutoEPConfig
 
     names = [field.name for field in dataclasses.fields(AutoEPConfig) if not field.name.startswith("_")]
-    dc.check_deepspeed_keys({"expert_parallel": dict.fromkeys(names)})
+    check_deepspeed_keys({"expert_parallel": dict.fromkeys(names)})
     # These and no others leave router and layers alone; whatever else AutoEP offers is refused by one of the patterns.
-    harmless = [name for name in names if not dc._ROUTING_KEYS.fullmatch(name) and not dc._LAYOUT_KEYS.fullmatch(name)]
+    harmless = [
+        name for name in names if not checks._ROUTING_KEYS.fullmatch(name) and not checks._LAYOUT_KEYS.fullmatch(name)
+    ]
     assert harmless == [
         "enabled",
         "autoep_size",
@@ -461,7 +464,7 @@ def test_the_trainer_fills_every_auto_that_is_allowed():
         for section in sections:
             node = node.setdefault(section, {})
         node[key] = "auto"
-    dc.check_deepspeed_keys(config)
+    check_deepspeed_keys(config)
     arguments = {"world_size": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
     arguments |= {"max_grad_norm": 1.0, "learning_rate": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.95}
     arguments |= {"adam_epsilon": 1e-8, "weight_decay": 0.1, "save_on_each_node": False, "bf16": True, "fp16": False}
