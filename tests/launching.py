@@ -37,6 +37,7 @@ def deepspeed(
 ) -> subprocess.CompletedProcess:
     """Run `deepspeed --num_accelerators NUM_RANKS …` to its end and return what it printed."""
     # What the `deepspeed` command consists of, also where its script is not beside the interpreter.
+    port = free_port()
     command = [
         sys.executable,
         "-m",
@@ -44,18 +45,23 @@ def deepspeed(
         "--num_accelerators",
         num_ranks,
         "--master_port",
-        free_port(),
+        port,
         *words,
     ]
-    return subprocess.run(
-        [str(word) for word in command],
-        cwd=cwd,
-        env=environment(on_cpu),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    try:
+        return subprocess.run(
+            [str(word) for word in command],
+            cwd=cwd,
+            env=environment(on_cpu),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+    finally:
+        # What DeepSpeed leaves in shared memory when its processes are ended from outside.
+        for path in Path("/dev/shm").glob(f"deepspeed_*_{port}_*"):
+            path.unlink(missing_ok=True)
 
 
 def run_cases(num_ranks: int, cases: list[dict], folder: Path, timeout: int = 900) -> None:

@@ -16,6 +16,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from .processes import raise_together, rank, world_size
+from .shared_memory import remove_shared_buffers
 
 EXIT_CODE = 2
 _SENTENCE, _PRINTED, _CLAIMS = "moe_hf/failure", "moe_hf/failure/printed", "moe_hf/failure/claims"
@@ -110,7 +111,8 @@ class FailureRelay:
 
 
 def _exit_now() -> None:
-    """End without clean-up: another thread may be stuck in a collective call that no clean-up could leave."""
+    """End without leaving the process group: another thread may be stuck in a collective call for ever."""
+    remove_shared_buffers()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(EXIT_CODE)

@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from ..errors import UserError
 from ..parallel.failure import FailureRelay
+from ..parallel.shared_memory import remove_shared_buffers
 
 
 def run(program: Callable, argv: list[str], description: str | None = None) -> None:
@@ -27,3 +28,4 @@ def run(program: Callable, argv: list[str], description: str | None = None) -> N
         # A process group that is alive at interpreter exit aborts the process.
         if dist.is_initialized():
             dist.destroy_process_group()
+        remove_shared_buffers()

@@ -1,0 +1,537 @@
+"""Wrong input ends every process at once with exit code 2 and one sentence, and touches nothing.
+
+Each case is one command line that trains, with one thing wrong in it. A fork server starts them all over two processes;
+some go through the deepspeed launcher too.
+"""
+
+import json
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import launching
+import pytest
+from fork_server import Ended, Patch, Run, run_all
+from small import deepspeed_json, save_small_model, save_tokenizer
+
+from moe_hf import MoEConfig
+from moe_hf.checkpoint.topology import Topology, write_topology
+
+MOST_SECONDS = 30.0
+
+MODEL = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+}
+
+# A command line with which nothing is wrong. Paths are relative to the case's own folder.
+FLAGS = {
+    "config_name": "../common/model.json",
+    "tokenizer_name": "../common/tokenizer",
+    "train_file": "../common/text.jsonl",
+    "validation_split_percentage": 0,
+    "block_size": 16,
+    "max_steps": 1,
+    "per_device_train_batch_size": 1,
+    "deepspeed": "../common/deepspeed.json",
+    "output_dir": "out",
+    "do_train": True,
+}
+FROM_FOLDER = {"config_name": None, "model_name_or_path": "../common/model"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One wrong command line and what is said about it."""
+
+    name: str
+    flags: dict
+    """Change `FLAGS`; `None` leaves a flag out."""
+    says: str
+    """Part of the sentence: the field, its value and what would be right."""
+    words: tuple[str, ...] = ()
+    """Stand before the flags."""
+    files: dict[str, str | dict] = field(default_factory=dict)
+    """In the case's folder; a dict is written as JSON."""
+    checkpoint: Callable[[Path], None] | None = None
+    """Makes an earlier run's checkpoint at `out/checkpoint-3`."""
+    ranks: int = 2
+    nodes: int = 1
+    patches: tuple[Patch, ...] = ()
+
+
+def saved(changes: dict | None = None, model: dict | None = None, spoil: Callable | None = None) -> Callable:
+    """Return a function that makes a checkpoint of the layout and model of `FLAGS`, but for the changes."""
+
+    def make(folder: Path) -> None:
+        state = folder / "global_step3" / "zero_states.pt"
+        state.parent.mkdir(parents=True)
+        state.write_bytes(bytes(1000))
+        layout = {"world_size": 2, "expert_parallel_size": 2, "zero_stage": 2, "dtype": "float32"} | (changes or {})
+        write_topology(folder, Topology(**layout), MoEConfig(**MODEL | (model or {})))
+        if spoil:
+            spoil(folder, state)
+
+    return make
+
+
+def with_json(name: str, says: str, flags: dict | None = None, ranks: int = 2, **sections) -> Case:
+    """Return a case with another DeepSpeed JSON; a section `None` is left out."""
+    config = {key: value for key, value in deepspeed_json(2, 2, **sections).items() if value is not None}
+    return Case(name, {"deepspeed": "ds.json"} | (flags or {}), says, files={"ds.json": config}, ranks=ranks)
+
+
+def with_data(name: str, says: str, data: str, flags: dict | None = None, file: str = "data.jsonl") -> Case:
+    """Return a case with other training data."""
+    return Case(name, {"train_file": file} | (flags or {}), says, files={file: data})
+
+
+def resuming(name: str, says: str, checkpoint: Callable | None, flags: dict | None = None, patches: tuple = ()) -> Case:
+    """Return a case that resumes from `out/checkpoint-3`."""
+    flags = {"resume_from_checkpoint": "out/checkpoint-3"} | (flags or {})
+    return Case(name, flags, says, checkpoint=checkpoint, patches=patches)
+
+
+COMMAND_LINE = [
+    Case(
+        "unknown_flag",
+        {"num_expert": 4},
+        "--num_expert is not an argument of run_clm_moe.py; did you mean --num_experts?",
+    ),
+    Case("word_without_flag", {}, "'train' is not preceded by a flag", words=("train",)),
+    Case(
+        "unknown_key_in_yaml",
+        {},
+        "learning_rat is not an argument of run_clm_moe.py; did you mean learning_rate?",
+        words=("arguments.yaml",),
+        files={"arguments.yaml": "learning_rat: 1e-4\n"},
+    ),
+    Case(
+        "yaml_is_a_list",
+        {},
+        "arguments.yaml must hold one mapping of argument names to values, not a list",
+        words=("arguments.yaml",),
+        files={"arguments.yaml": "- learning_rate\n"},
+    ),
+    Case("yaml_not_found", {}, "Cannot read the arguments in arguments.yaml: No such file", words=("arguments.yaml",)),
+    Case("not_a_number", {"learning_rate": "fast"}, "--learning-rate: invalid float value: 'fast'"),
+    Case("not_a_choice", {"save_strategy": "sometimes"}, "invalid choice: 'sometimes' (choose from 'no', 'steps'"),
+    Case("nothing_to_do", {"do_train": None}, "Nothing to do: give --do_train, --do_eval or both."),
+    Case("push_to_hub", {"push_to_hub": True}, "--push_to_hub is not supported in training; run: hf upload"),
+    Case(
+        "reentrant_checkpointing",
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": '{"use_reentrant": true}'},
+        "would switch the router losses off; use use_reentrant=False",
+    ),
+    Case(
+        "gradient_checkpointing_kwargs",
+        {"gradient_checkpointing_kwargs": "{use_reentrant"},
+        "--gradient_checkpointing_kwargs {use_reentrant is not a JSON object; write it like",
+    ),
+    Case(
+        "refused_by_training_arguments",
+        {"load_best_model_at_end": True, "save_strategy": "steps"},
+        "load_best_model_at_end requires the save and eval strategy to match",
+    ),
+    Case("refused_by_trainer", {"report_to": "paper"}, "paper is not supported, only"),
+]
+
+MODELS = [
+    Case("no_model", {"config_name": None}, "Neither --config_name nor --model_name_or_path is given; name a preset"),
+    Case("two_models", {"model_name_or_path": "../common/model"}, "--config_name and --model_name_or_path both name"),
+    Case(
+        "unknown_preset",
+        {"config_name": "quickstrat"},
+        "--config_name quickstrat is neither a preset nor a .json or .yaml file; did you mean quickstart?",
+    ),
+    Case("config_not_found", {"config_name": "mine.json"}, "--config_name mine.json: there is no such file"),
+    Case(
+        "config_is_not_json",
+        {"config_name": "mine.json"},
+        "--config_name mine.json cannot be read: Expecting ',' delimiter: line 2 column 1",
+        files={"mine.json": '{"vocab_size": 128\n"hidden_size": 32}'},
+    ),
+    Case(
+        "unknown_key_in_json_config",
+        {"config_name": "mine.json"},
+        "num_expert=4 is not a field of MoEConfig; did you mean num_experts?",
+        files={"mine.json": MODEL | {"num_expert": 4}},
+    ),
+    Case(
+        "unknown_key_in_yaml_config",
+        {"config_name": "mine.yaml"},
+        "hiddensize=32 is not a field of MoEConfig; did you mean hidden_size?",
+        files={"mine.yaml": "hiddensize: 32\n"},
+    ),
+    Case(
+        "other_model_type",
+        {"config_name": "config.json"},
+        "describes a 'llama' model, not a 'moe_hf' one",
+        files={"config.json": {"model_type": "llama", "hidden_size": 32}},
+    ),
+    Case(
+        "too_many_experts_per_token",
+        {"num_experts_per_tok": 8},
+        "num_experts_per_tok=8 must be between 1 and num_experts=4",
+    ),
+    Case(
+        "indivisible_hidden_size",
+        {"hidden_size": 34},
+        "hidden_size=34 is not divisible by num_attention_heads=4; change one",
+    ),
+    Case(
+        "unknown_override",
+        {"config_overrides": "head_dims=8"},
+        "head_dims is not a field of MoEConfig; did you mean head_dim?",
+    ),
+    Case("override_not_a_number", {"config_overrides": "rms_norm_eps=tiny"}, "rms_norm_eps=tiny is not a number"),
+    Case(
+        "override_of_wrong_type",
+        {"config_overrides": "num_hidden_layers=two"},
+        "'num_hidden_layers' expected int, got str",
+    ),
+    Case("override_without_equals", {"config_overrides": "head_dim"}, "'head_dim' is not of the form name=value"),
+    Case(
+        "folder_not_found",
+        FROM_FOLDER | {"model_name_or_path": "absent"},
+        "--model_name_or_path absent is not a folder with a config.json and weights",
+    ),
+    Case(
+        "folder_without_weights",
+        FROM_FOLDER | {"model_name_or_path": "mine"},
+        "--model_name_or_path mine holds no *.safetensors file",
+        files={"mine/config.json": {"model_type": "moe_hf"} | MODEL},
+    ),
+    Case(
+        "folder_with_torn_weights",
+        FROM_FOLDER | {"model_name_or_path": "mine"},
+        "--model_name_or_path mine: model.safetensors is damaged",
+        files={"mine/config.json": {"model_type": "moe_hf"} | MODEL, "mine/model.safetensors": "torn"},
+    ),
+    Case(
+        "weights_of_other_width",
+        FROM_FOLDER | {"hidden_size": 64},
+        "does not fit the model: model.embed_tokens.weight has shape [128, 32] instead of [128, 64]",
+    ),
+    Case(
+        "weights_of_fewer_layers",
+        FROM_FOLDER | {"num_hidden_layers": 6},
+        "does not fit the model: model.layers.4.self_attn.q_proj.weight is missing",
+    ),
+    Case("weights_of_more_layers", FROM_FOLDER | {"num_hidden_layers": 2}, "is not part of it; leave out the flags"),
+    Case("unknown_attention", {"attn_implementation": "fancy"}, '`attn_implementation="fancy"` is not supported'),
+]
+
+DEEPSPEED = [
+    Case("json_not_found", {"deepspeed": "ds.json"}, "DeepSpeed JSON ds.json cannot be read: No such file"),
+    Case(
+        "invalid_json",
+        {"deepspeed": "ds.json"},
+        "DeepSpeed JSON ds.json is not JSON in line 3",
+        files={"ds.json": '{\n  "bf16": {"enabled": "auto"}\n  "fp16": {}\n}'},
+    ),
+    with_json("misspelt_section", "did you mean expert_parallel?", expert_paralel={"enabled": True}),
+    with_json(
+        "misspelt_key",
+        "did you mean expert_parallel.autoep_size?",
+        expert_parallel={"enabled": True, "auto_ep_size": 2},
+    ),
+    with_json(
+        "british_zero", "did you mean zero_optimization?", zero_optimization=None, zero_optimisation={"stage": 2}
+    ),
+    with_json(
+        "ep_indivisible_experts", "num_experts=3 cannot be split over expert_parallel_size=2; use 1", {"num_experts": 3}
+    ),
+    with_json("ep_indivisible_world", "world_size=3 is no multiple of expert_parallel_size=2; use 1", ranks=3),
+    with_json(
+        "ep_larger_than_world", "expert_parallel_size=4 is larger than world_size=2", {"expert_parallel_size": 4}
+    ),
+    with_json("ep_of_dense_model", "expert_parallel_size=2 needs a model with experts", {"num_experts": 0}),
+    with_json(
+        "ep_at_stage_0",
+        "zero_optimization.stage=0 clips wrongly with expert parallelism",
+        zero_optimization={"stage": 0},
+    ),
+    with_json(
+        "micro_batch_contradicts",
+        "train_micro_batch_size_per_gpu=4 contradicts --per_device_train_batch_size 1",
+        train_micro_batch_size_per_gpu=4,
+    ),
+    with_json("batch_contradicts", "train_batch_size=64 contradicts", train_batch_size=64),
+    with_json("clipping_contradicts", "gradient_clipping=0.5 contradicts --max_grad_norm 1.0", gradient_clipping=0.5),
+    with_json(
+        "bf16_contradicts", 'bf16.enabled=true contradicts --bf16 False; write "auto" or false', bf16={"enabled": True}
+    ),
+    with_json("scheduler", "scheduler must be left out; use the flags", scheduler={"type": "WarmupLR"}),
+    with_json(
+        "evaluation_alone_at_stage_2",
+        "--do_eval without --do_train needs ZeRO stage 3, not 2",
+        {"do_train": None, "do_eval": True},
+    ),
+    Case(
+        "ep_without_deepspeed",
+        {"deepspeed": None, "expert_parallel_size": 2},
+        "expert_parallel_size=2 needs DeepSpeed; add --deepspeed",
+    ),
+]
+
+DATA = [
+    Case("file_not_found", {"train_file": "absent.jsonl"}, "train_file 'absent.jsonl' does not exist"),
+    Case("glob_without_match", {"train_file": "absent/*.jsonl"}, "train_file 'absent/*.jsonl' matches no file"),
+    with_data("empty_file", "train_file 'data.jsonl' is empty", ""),
+    with_data(
+        "unsupported_extension",
+        "train_file 'data.docx' has an unsupported extension; use one of .txt",
+        "w3",
+        file="data.docx",
+    ),
+    Case(
+        "mixed_extensions",
+        {"train_file": "data.*"},
+        "train_file 'data.*' mixes .csv and .jsonl files",
+        files={"data.csv": "text\nw3\n", "data.jsonl": '{"text": "w3"}\n'},
+    ),
+    with_data(
+        "missing_column",
+        "text_column='body' is not in the training data, which has: text",
+        '{"text": "w3"}\n',
+        {"text_column": "body"},
+    ),
+    with_data("no_text_column", "the training data has no column 'text'; set text_column", '{"a": "w3", "b": "w4"}\n'),
+    with_data(
+        "invalid_json_line", "'data.jsonl', line 3: invalid JSON", '{"text": "w3"}\n{"text": "w4"}\n{"text": "w5"\n'
+    ),
+    with_data("not_utf8", "'data.jsonl', line 2: byte 0xe9 is not UTF-8", '{"text": "w3"}\n{"text": "caf\udce9"}\n'),
+    with_data(
+        "text_is_a_number", "row 1 of the training data ('data.jsonl'): column 'text' holds 3 (int)", '{"text": 3}\n'
+    ),
+    with_data(
+        "text_is_null",
+        "row 2 of the training data ('data.jsonl'): column 'text' holds null",
+        '{"text": "w3"}\n{"text": null}\n',
+    ),
+    with_data(
+        "token_beyond_vocabulary",
+        "input_ids holds 128, which is not in the model's range of 0 to 127",
+        '{"input_ids": [3, 128]}\n',
+    ),
+    with_data(
+        "too_little_text",
+        "holds 3 of the 16 tokens that one row needs; give more text or a smaller block_size",
+        '{"text": "w3 w4"}\n',
+    ),
+    Case(
+        "block_beyond_positions",
+        {"block_size": 65},
+        "block_size=65 is more than the model's max_position_embeddings=64",
+    ),
+    Case(
+        "tokenizer_larger_than_model",
+        {"config_overrides": "vocab_size=100"},
+        "The tokenizer has 128 tokens but the model's vocab_size is 100; add --config_overrides vocab_size=128",
+    ),
+    Case("tokenizer_not_found", {"tokenizer_name": "./absent"}, "The tokenizer ./absent cannot be loaded"),
+    Case("no_validation_data", {"do_eval": True}, "there is no validation data: give validation_file"),
+]
+
+CHECKPOINTS = [
+    Case(
+        "output_folder_in_use",
+        {},
+        "--output_dir out already holds checkpoint-3; give another folder",
+        checkpoint=saved(),
+    ),
+    Case(
+        "output_dir_is_a_file",
+        {"output_dir": "mine.txt"},
+        "--output_dir mine.txt is a file",
+        files={"mine.txt": "dear"},
+    ),
+    # The earlier run must outlive a mistake that shows only after all flags were found to be well.
+    Case(
+        "bad_data_with_overwrite",
+        {"overwrite_output_dir": True, "train_file": "data.jsonl"},
+        "holds 2 of the 16 tokens",
+        files={"data.jsonl": '{"text": "w3"}\n'},
+        checkpoint=saved(),
+    ),
+    resuming("checkpoint_not_found", "There is no checkpoint at out/checkpoint-3", None),
+    resuming(
+        "no_last_checkpoint",
+        "--resume_from_checkpoint: there is no checkpoint-N in out",
+        None,
+        {"resume_from_checkpoint": True},
+    ),
+    resuming(
+        "checkpoint_without_record",
+        "out/checkpoint-3 has no topology.json",
+        saved(spoil=lambda folder, state: (folder / "topology.json").unlink()),
+    ),
+    resuming(
+        "damaged_record",
+        "out/checkpoint-3/topology.json is damaged",
+        saved(spoil=lambda folder, state: (folder / "topology.json").write_text('{"topology": {')),
+    ),
+    resuming(
+        "torn_checkpoint",
+        "out/checkpoint-3 is torn: global_step3/zero_states.pt has 10 bytes instead of 1000",
+        saved(spoil=lambda folder, state: state.write_bytes(bytes(10))),
+    ),
+    resuming(
+        "incomplete_checkpoint",
+        "out/checkpoint-3 is torn: global_step3/zero_states.pt is missing",
+        saved(spoil=lambda folder, state: state.unlink()),
+    ),
+    resuming("other_ep_size", "the expert-parallel size must stay 1", saved({"expert_parallel_size": 1})),
+    resuming("other_world_size", "the number of processes must stay 4", saved({"world_size": 4})),
+    resuming("other_stage", "the ZeRO stage must stay 3", saved({"zero_stage": 3})),
+    resuming("other_dtype", "the training dtype must stay bfloat16", saved({"dtype": "bfloat16"})),
+    resuming("other_model", "holds another model: num_experts=8 there but 4 here", saved(model={"num_experts": 8})),
+]
+
+ONE_RANK = [
+    Case(
+        "rank_1_fails_in_a_collective",
+        {},
+        "only rank 1 has seen this",
+        patches=(Patch("moe_hf.training.pipeline.build_datasets", raises="only rank 1 has seen this", rank=1),),
+    ),
+    Case(
+        "rank_0_fails_in_a_collective",
+        {},
+        "only rank 0 has seen this",
+        patches=(Patch("moe_hf.training.pipeline.build_datasets", raises="only rank 0 has seen this", rank=0),),
+    ),
+]
+
+CASES = [*COMMAND_LINE, *MODELS, *DEEPSPEED, *DATA, *CHECKPOINTS, *ONE_RANK]
+# What the others are measured by: with their flags but without their mistakes everything is well up to the training.
+BEGINS = (Patch("moe_hf.training.pipeline.execute", raises="training begins"),)
+SOUND = [
+    Case("sound", {}, "training begins", patches=BEGINS),
+    Case("sound_folder", FROM_FOLDER, "training begins", patches=BEGINS),
+    resuming("sound_checkpoint", "training begins", saved(), patches=BEGINS),
+]
+OVERWRITING = Case(
+    "sound_overwriting", {"overwrite_output_dir": True}, "training begins", checkpoint=saved(), patches=BEGINS
+)
+
+# As when a file is there on the first of two machines only: rank 0 goes on and waits for a rank that does not come.
+OTHER_MACHINE = Case(
+    "rank_1_fails_before_the_group",
+    {},
+    "only rank 1 has seen this",
+    nodes=2,
+    patches=(
+        Patch("moe_hf.training.pipeline.check_data_arguments", raises="only rank 1 has seen this", rank=1),
+        Patch("moe_hf.parallel.failure._PATIENCE_SECONDS", value=3.0),
+    ),
+)
+
+LAUNCHED = [case for case in CASES if case.name in ("misspelt_section", "too_little_text")]
+
+
+def prepare(case: Case, folder: Path) -> Run:
+    """Make the case's files and its command line."""
+    flags = {name: value for name, value in (FLAGS | case.flags).items() if value is not None}
+    for name, content in case.files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content) if isinstance(content, dict) else content, errors="surrogateescape")
+    if case.checkpoint is not None:
+        case.checkpoint(folder / "out" / "checkpoint-3")
+    argv = [*case.words, *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
+    return Run(case.name, argv, str(folder), case.ranks, case.nodes, list(case.patches))
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    """Return every file and folder below `folder`, with what the files hold."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory) -> Path:
+    """A folder whose sub-folder `common` holds what `FLAGS` names; the cases' folders stand beside it."""
+    folder = tmp_path_factory.mktemp("bad_input")
+    common = folder / "common"
+    save_small_model(common / "model")
+    save_tokenizer(common / "tokenizer")
+    (common / "model.json").write_text(json.dumps(MODEL))
+    (common / "deepspeed.json").write_text(json.dumps(deepspeed_json(2, 2)))
+    text = " ".join(f"w{i}" for i in range(3, 100))
+    (common / "text.jsonl").write_text(f'{{"text": "{text}"}}\n')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ended(request, common) -> dict[str, tuple[Ended, bool]]:
+    """How each selected case has ended, and whether its folder is as it was."""
+    selected = [item.callspec.params["case"] for item in request.session.items if _reads_ended(item, request)]
+    folders = {case.name: common / case.name for case in selected}
+    for folder in folders.values():
+        folder.mkdir()
+    runs = [prepare(case, folders[case.name]) for case in selected]
+    before = {name: contents(folder) for name, folder in folders.items()}
+    (common / "server").mkdir()
+    results = run_all(runs, common / "server")
+    return {name: (results[name], contents(folder) == before[name]) for name, folder in folders.items()}
+
+
+def _reads_ended(item: pytest.Item, request) -> bool:
+    return item.path == request.path and "ended" in item.fixturenames
+
+
+def told(run: Ended) -> list[str]:
+    """Return the sentences that one rank or another has printed."""
+    return [line for text in run.stdout + run.stderr for line in text.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.parametrize("case", SOUND, ids=lambda case: case.name)
+def test_without_the_mistake_training_begins(case, ended):
+    run, _ = ended[case.name]
+    assert told(run) == ["error: training begins"], run.stderr
+
+
+@pytest.mark.parametrize("case", [OVERWRITING], ids=lambda case: case.name)
+def test_overwriting_deletes_the_earlier_run(case, ended, common):
+    assert told(ended[case.name][0]) == ["error: training begins"]
+    assert not list((common / case.name / "out").iterdir())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_all_ranks_end_with_one_sentence(case, ended):
+    run, is_untouched = ended[case.name]
+    assert "Traceback" not in "".join(run.stdout + run.stderr), run.stderr
+    assert run.exit_codes == [2] * case.ranks, run.stderr
+    assert run.seconds < MOST_SECONDS
+    (sentence,) = told(run)
+    assert case.says in sentence
+    assert run.stderr[0].endswith(sentence + "\n")
+    assert is_untouched
+
+
+@pytest.mark.parametrize("case", [OTHER_MACHINE], ids=lambda case: case.name)
+def test_rank_speaks_when_rank_0_knows_of_nothing(case, ended):
+    run, _ = ended[case.name]
+    assert run.exit_codes == [-signal.SIGTERM, 2]
+    assert told(run) == run.stderr[1].splitlines() == [f"error: {case.says}"]
+
+
+@pytest.mark.parametrize("case", LAUNCHED, ids=lambda case: case.name)
+def test_launcher_ends_with_one_sentence(case, common):
+    folder = common / f"launched_{case.name}"
+    folder.mkdir()
+    run = prepare(case, folder)
+    before = contents(folder)
+    done = launching.deepspeed(2, launching.ROOT / "run_clm_moe.py", *run.argv, timeout=120, cwd=folder)
+    assert done.returncode == 2, done.stderr
+    assert (done.stdout + done.stderr).count(case.says) == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert contents(folder) == before
