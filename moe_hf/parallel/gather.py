@@ -54,9 +54,13 @@ class FullTensorReader:
         # Expert replicas: only the group that rank 0 belongs to sends.
         if dist.get_process_group_ranks(layer.ep_group)[0] != 0:
             return None
-        received = [torch.empty_like(local) for _ in range(layer.ep_size)] if rank() == 0 else None
-        dist.gather(local, received, dst=0, group=layer.ep_group)
-        return torch.cat([shard.cpu() for shard in received]) if rank() == 0 else None
+        if rank() != 0:
+            dist.gather(local, dst=0, group=layer.ep_group)
+            return None
+        whole = local.new_empty((layer.num_experts, *local.shape[1:]))
+        # Received in place, so that the tensor is held once.
+        dist.gather(local, list(whole.chunk(layer.ep_size)), dst=0, group=layer.ep_group)
+        return whole.cpu()
 
 
 def _gathered(tensors: list[torch.Tensor]):
