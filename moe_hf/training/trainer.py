@@ -84,7 +84,12 @@ class MoETrainer(Trainer):
         return 6 * self._active_parameters.in_matrices * inputs["input_ids"].numel()
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        try:
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        except Exception as error:
+            if resume_from_checkpoint is None or self.deepspeed is None:
+                raise  # the engine is built first: without one it was not the checkpoint
+            raise _loading_failed(resume_from_checkpoint, error) from error
         if self._deepspeed_json is not None and not self._engine_checks_gradients():
             report_clipped_norm(self.model_wrapped)
         return prepared
@@ -193,4 +198,14 @@ class MoETrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         # Without DeepSpeed the weights to resume from are the checkpoint's export.
-        super()._load_from_checkpoint(os.path.join(resume_from_checkpoint, EXPORT_NAME), model)
+        try:
+            super()._load_from_checkpoint(os.path.join(resume_from_checkpoint, EXPORT_NAME), model)
+        except Exception as error:
+            raise _loading_failed(resume_from_checkpoint, error) from error
+
+
+def _loading_failed(checkpoint: str, error: Exception) -> CheckpointError:
+    what = " ".join(str(error).split())[:200]
+    return CheckpointError(
+        f"{checkpoint} cannot be loaded ({type(error).__name__}: {what}); resume from another checkpoint."
+    )

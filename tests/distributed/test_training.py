@@ -1,6 +1,7 @@
 """What else a run must do on two ranks: resume exactly, survive NaN, odd routing and odd batches, every shipped JSON.
 
-Two launches: the first runs everything, the second resumes what the first has left at its third step.
+Two launches: the first runs everything, the second resumes what the first has left at its third step. Two more see one
+rank fail while it loads and while it saves.
 """
 
 import json
@@ -10,7 +11,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from launching import ROOT, run_cases
+from launching import ROOT, deepspeed, run_cases
 from safetensors.torch import load_file
 from small import GLOBAL_MICRO_BATCH, NUM_STEPS, deepspeed_json, flags, make_rows, recipe, save_small_model
 
@@ -20,6 +21,7 @@ SHIPPED = sorted(path.name for path in (ROOT / "ds_configs").glob("*.json"))
 EP_RUNS = {"zero2_ep": (2, 2), "zero3_ep": (3, 2)}
 POISON = 99  # a token whose embedding is NaN
 POISONED_STEP = 2
+SECOND_RANKS_SHARD = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
 
 
 def write_rows(rows: list[dict], path: Path) -> Path:
@@ -279,3 +281,50 @@ def test_too_many_skipped_steps_end_the_run_with_a_checkpoint(lab):
     assert "2 steps in a row" in error and "max_skipped_steps=2" in error
     assert training_steps(lab, "nan_stops")[-1]["step"] == 3
     assert (lab / "nan_stops" / "checkpoint-3" / "topology.json").is_file()
+
+
+def resume(lab: Path, folder: Path) -> tuple[int, str]:
+    """Start the second half of a run in a copy of its folder; return the exit code and what was said on stderr."""
+    words = flags(
+        recipe([]),
+        2,
+        model_name_or_path=lab / "evaluated" / "hf",
+        train_file=lab / "odd.jsonl",
+        output_dir=folder,
+        deepspeed=lab / "whole_zero2_ep.json",
+        save_strategy="steps",
+        save_steps=3,
+        bf16=True,
+        resume_from_checkpoint=folder / "checkpoint-3",
+    )
+    done = deepspeed(2, ROOT / "run_clm_moe.py", *words, timeout=120)
+    return done.returncode, done.stderr
+
+
+def assert_one_sentence(stderr: str, *fragments: str) -> None:
+    said = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, stderr[-3000:]
+    for fragment in fragments:
+        assert fragment in said[0]
+    assert "Traceback" not in stderr
+
+
+def test_a_rank_that_cannot_load_ends_all(lab, tmp_path):
+    checkpoint = shutil.copytree(lab / "whole_zero2_ep" / "checkpoint-3", tmp_path / "checkpoint-3")
+    shard = checkpoint / "global_step3" / SECOND_RANKS_SHARD
+    size = shard.stat().st_size
+    shard.write_bytes(shard.read_bytes()[: size - 2000] + bytes(2000))
+    returncode, stderr = resume(lab, tmp_path)
+    assert returncode == 2
+    assert_one_sentence(stderr, "checkpoint-3 cannot be loaded")
+
+
+def test_a_rank_that_cannot_save_ends_all(lab, tmp_path):
+    shutil.copytree(lab / "whole_zero2_ep" / "checkpoint-3", tmp_path / "checkpoint-3")
+    # A folder where only the second rank is to write a file.
+    (tmp_path / "checkpoint-6" / "global_step6" / SECOND_RANKS_SHARD).mkdir(parents=True)
+    returncode, stderr = resume(lab, tmp_path)
+    assert returncode == 2
+    assert_one_sentence(stderr, "Could not write", "checkpoint-6")
+    assert (tmp_path / "checkpoint-3" / "topology.json").is_file()
+    assert not (tmp_path / "checkpoint-6" / "topology.json").exists()
