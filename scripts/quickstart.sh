@@ -34,8 +34,8 @@ PATH="$PWD/.venv/bin:$PATH" .venv/bin/deepspeed --log_level warning --num_accele
     --deepspeed ds_configs/zero3_ep.json \
     --output_dir "$output_dir" --overwrite_output_dir \
     --block_size 256 --per_device_train_batch_size 8 --per_device_eval_batch_size 8 \
-    --max_steps "${STEPS:-300}" --learning_rate 3e-3 --lr_scheduler_type cosine --warmup_steps 20 \
-    --weight_decay 0.1 --adam_beta2 0.95 --logging_steps 10 --save_steps 150 --save_total_limit 1 \
+    --max_steps "${STEPS:-250}" --learning_rate 3e-3 --lr_scheduler_type cosine --warmup_steps 20 \
+    --weight_decay 0.1 --adam_beta2 0.95 --logging_steps 10 --save_steps 125 --save_total_limit 1 \
     --do_train --do_eval --max_eval_samples 128 \
     "${options[@]}"
 
