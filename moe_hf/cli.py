@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from . import __version__
-from .errors import CheckpointError, UserError
+from .errors import CheckpointError, ConfigError, UserError
 from .presets import preset_names
 
 
@@ -44,13 +44,20 @@ def _generate(arguments: argparse.Namespace) -> None:
     transformers_logging.disable_progress_bar()
     if not (Path(arguments.model) / "config.json").is_file():
         raise CheckpointError(f"{arguments.model} is not a folder with an exported model; give OUTPUT_DIR/hf of a run.")
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").eval()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    if arguments.max_new_tokens < 1:
+        raise ConfigError(f"--max_new_tokens {arguments.max_new_tokens} must be at least 1.")
+    if arguments.prompt == "":
+        raise ConfigError("--prompt is empty; give a text to continue, or leave the flag away.")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").eval()
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    except Exception as error:  # whatever the readers of three formats raise: the folder is what is wrong
+        raise CheckpointError(f"{arguments.model} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
     set_seed(arguments.seed)
     sampling = {"do_sample": arguments.temperature > 0}
     if arguments.temperature > 0:
         sampling["temperature"] = arguments.temperature
-    for prompt in [arguments.prompt] if arguments.prompt is not None else _prompts():
+    for prompt in [arguments.prompt] if arguments.prompt else _prompts():
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
         model.generate(
             **inputs,

@@ -70,25 +70,25 @@ def export_model(
         for name in names:
             if on_tensor is not None:
                 on_tensor(name)
-            tensor = _read(reader, name, expected[name].shape)
-            if tensor is not None:
+            tensor = _read(reader, name)
+            if tensor is not None and tensor.shape != expected[name].shape:
+                wanted = tuple(expected[name].shape)
+                error = CheckpointError(f"{name} has shape {tuple(tensor.shape)} but the model's is {wanted}.")
+            elif tensor is not None:
                 shard[name] = tensor
         if error is None:
-            # The other ranks go on gathering: rank 0 must too, and says what happened at the end.
+            # If this fails the other ranks go on gathering: so must rank 0, and say what happened at the end.
             error = _guarded(save_file, shard, temporary / filename, {"format": "pt"})
     if error is None:
         error = _guarded(_finish, model, temporary, output_dir, plan, expected, tokenizer, model_card)
     raise_together(error)
 
 
-def _read(reader: FullTensorReader, name: str, shape: torch.Size) -> torch.Tensor | None:
+def _read(reader: FullTensorReader, name: str) -> torch.Tensor | None:
     try:
-        tensor = reader.read(name)
+        return reader.read(name)
     except KeyError:
         raise CheckpointError(f"The model has no tensor for {name}, so the export would be incomplete.") from None
-    if tensor is not None and tensor.shape != shape:
-        raise CheckpointError(f"{name} has shape {tuple(tensor.shape)} but the model's is {tuple(shape)}.")
-    return tensor
 
 
 def _guarded(write: Callable, *args) -> UserError | None:

@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 
 TOPOLOGY_NAME = "topology.json"
 
-# Fields of the configuration that decide which tensors there are and what they mean.
+# Fields of the configuration that decide which tensors there are and what is computed with them.
 _ARCHITECTURE_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -33,6 +33,10 @@ _ARCHITECTURE_FIELDS = (
     "shared_expert_intermediate_size",
     "shared_expert_gate",
     "tie_word_embeddings",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "rms_norm_eps",
+    "rope_parameters",
 )
 
 _WORDS = {
@@ -76,7 +80,7 @@ def write_topology(checkpoint: Path, topology: Topology, config: MoEConfig) -> N
 
 def _belongs_to_state(path: Path) -> bool:
     """The export in `hf/` may be moved or deleted without harm to resuming."""
-    return path.name != TOPOLOGY_NAME and path.parts[0] != "hf"
+    return path.name not in (TOPOLOGY_NAME, f".{TOPOLOGY_NAME}") and path.parts[0] != "hf"
 
 
 def check_resumable(checkpoint: Path, topology: Topology, config: MoEConfig) -> None:
@@ -94,12 +98,14 @@ def check_resumable(checkpoint: Path, topology: Topology, config: MoEConfig) -> 
         record = json.loads(path.read_text())
         saved = Topology(**record["topology"])
         architecture, files = record["architecture"], record["files"]
+        if architecture.keys() - _ARCHITECTURE_FIELDS or not isinstance(files, dict):
+            raise ValueError("of another form")
     except FileNotFoundError:
         raise CheckpointError(
             f"{checkpoint} has no {TOPOLOGY_NAME}, so it is not a whole checkpoint of run_clm_moe.py; "
             "resume from another."
         ) from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path} is damaged; resume from another checkpoint.") from None
 
     _check_files(checkpoint, files)

@@ -79,6 +79,8 @@ def _is_about_something_else(record: logging.LogRecord) -> bool:
 
 def _install_router(layer: AutoEPMoELayer, config: MoEConfig) -> None:
     """Replace the layer's router by ours, keeping the Parameter object: optimizer and ZeRO know it by identity."""
+    if isinstance(layer.router, MoERouter):
+        return
     weight = layer.router.gate.weight
     with torch.device("meta"):
         router = MoERouter(config)

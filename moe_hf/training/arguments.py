@@ -3,15 +3,15 @@
 import argparse
 import difflib
 import json
+import re
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import NoReturn
 
 import torch
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..errors import ConfigError, UserError
+from .argument_files import EXTENSIONS, read_argument_file
 from .data_arguments import DataArguments
 
 
@@ -67,6 +67,8 @@ class MoETrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             # Unless told, Accelerate takes several processes without an accelerator for several separate runs.
             self.use_cpu = True
+        if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", self.max_shard_size, re.IGNORECASE):
+            raise ConfigError(f'max_shard_size={self.max_shard_size} must be a number of KB, MB, GB or TB, like "5GB".')
         super().__post_init__()
         if self.gradient_checkpointing or getattr(self, "activation_checkpointing", None):
             self._forbid_reentrant_checkpointing()
@@ -84,6 +86,25 @@ class _Parser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message[:1].upper()}{message[1:]}; see --help.")
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        for action in self._actions:
+            if action.dest == "report_to":
+                action.nargs = "+"  # declared as a word or a list, which a flag otherwise takes for a word
+
+    def words(self, values: dict[str, str | list[str]]) -> list[str]:
+        """Return the values of an argument file as words of a command line."""
+        takes_many = {action.dest for action in self._actions if action.nargs in ("+", "*")}
+        words = []
+        for name, value in values.items():
+            if isinstance(value, str) and name not in takes_many:
+                words.append(f"--{name}={value}")
+            elif name in takes_many:
+                words += [f"--{name}", *([value] if isinstance(value, str) else value)]
+            else:
+                raise ConfigError(f"{name}: {value} is a list, but {name} takes one value.")
+        return words
 
     def check_known(self, names: list[str], written: str) -> None:
         known = {action.dest for action in self._actions}
@@ -116,12 +137,10 @@ def parse_arguments(argv: list[str], description: str | None = None) -> argparse
     parser = build_parser(description)
     # The deepspeed launcher puts --local_rank=N before the user's words.
     first = next((word for word in argv if not word.startswith("--local_rank")), "")
-    if first.endswith((".json", ".yaml", ".yml")):
-        path = first
-        argv = [word for word in argv if word is not path]
-        values = _read_file(path)
+    if first.endswith(EXTENSIONS):
+        values = read_argument_file(first)
         parser.check_known(list(values), "{}")
-        parser.set_defaults(**{name: _as_default(value) for name, value in values.items()})
+        argv = parser.words(values) + [word for word in argv if word is not first]
     namespace, unknown = parser.parse_known_args(argv)
     flags = [word.split("=")[0].removeprefix("--") for word in unknown if word.startswith("--")]
     parser.check_known(flags, "--{}")
@@ -146,19 +165,6 @@ def construct(dataclass_type: type, namespace: argparse.Namespace, **replaced):
         raise ConfigError(str(error)) from error
 
 
-def _read_file(path: str) -> dict:
-    try:
-        text = Path(path).read_text()
-        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
-    except OSError as error:
-        raise ConfigError(f"Cannot read the arguments in {path}: {error.strerror}.") from None
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} is not valid: {' '.join(str(error).split())}.") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold one mapping of argument names to values, not a {type(values).__name__}.")
-    return values
-
-
 def _check_dictionaries(namespace: argparse.Namespace) -> None:
     """Name the flag and its value; `TrainingArguments` names neither, and takes what does not begin with a brace."""
     for name, value in vars(namespace).items():
@@ -169,8 +175,3 @@ def _check_dictionaries(namespace: argparse.Namespace) -> None:
                 is_dictionary = False
             if not is_dictionary:
                 raise ConfigError(f"--{name} {value} is not a JSON object; write it like '{{\"key\": true}}'.")
-
-
-def _as_default(value):
-    """Hand dictionaries over as JSON, as on a command line; argparse converts text such as YAML's `1e-4` itself."""
-    return json.dumps(value) if isinstance(value, dict) else value

@@ -16,6 +16,7 @@ from ..configuration_moe import MoEConfig
 from ..errors import ConfigError
 from ..modeling_moe import MoEForCausalLM
 from ..presets import preset_names, read_preset
+from .argument_files import EXTENSIONS, parse_yaml
 from .arguments import ModelArguments
 
 _SHORTHANDS = {"moe_layer_indices", "decoder_sparse_step", "first_k_dense_replace", "num_hidden_layers", "num_experts"}
@@ -111,7 +112,7 @@ def _convert(name: str, raw: str, annotation) -> object:
         value = None
     else:
         try:
-            value = yaml.safe_load(raw)
+            value = parse_yaml(raw)
         except yaml.YAMLError:
             value = raw
     if isinstance(value, str) and float in allowed:
@@ -149,10 +150,10 @@ def _read_config(source: str) -> dict:
     path = Path(source)
     if path.is_dir():
         path = path / "config.json"
-    if path.suffix not in (".json", ".yaml", ".yml"):
+    if path.suffix not in EXTENSIONS:
         return read_preset(source)
     try:
-        values = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+        values = json.loads(path.read_text()) if path.suffix == ".json" else parse_yaml(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"--config_name {source}: there is no such file.") from None
     except (OSError, json.JSONDecodeError, yaml.YAMLError) as error:
@@ -161,6 +162,9 @@ def _read_config(source: str) -> dict:
         raise ConfigError(f"--config_name {source} must hold one mapping of MoEConfig's fields.")
     if (model_type := values.get("model_type", MoEConfig.model_type)) != MoEConfig.model_type:
         raise ConfigError(f"{source} describes a {model_type!r} model, not a {MoEConfig.model_type!r} one.")
+    if "num_local_experts" in values and "num_experts" not in values:
+        # One name from here on, so that a flag can override it.
+        values["num_experts"] = values.pop("num_local_experts")
     return {k: v for k, v in values.items() if k not in ("model_type", "auto_map", "transformers_version")}
 
 

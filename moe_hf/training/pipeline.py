@@ -5,14 +5,12 @@ of one process has to be carried to the others.
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
-from ..checkpoint.topology import Topology, check_resumable
+from ..checkpoint.topology import Topology
 from ..configuration_moe import MoEConfig
 from ..errors import ConfigError, DataError, UserError
 from ..modeling_moe import MoEForCausalLM
@@ -34,9 +32,9 @@ from .corpus import load_or_train_tokenizer
 from .data import build_datasets, resolve_block_size
 from .data_arguments import DataArguments
 from .data_files import check_data_arguments
-from .metrics import METRICS_NAME
 from .model_config import build_config, check_weights
-from .trainer import EXPORT_NAME, MoETrainer
+from .output_folder import checked_output_folder, remove_earlier_run
+from .trainer import MoETrainer
 
 
 def train_and_export(argv: list[str], relay: FailureRelay, description: str | None = None) -> dict[str, float]:
@@ -59,13 +57,14 @@ def build_trainer(argv: list[str], relay: FailureRelay, description: str | None 
     namespace = parse_arguments(argv, description)
     model_args = construct(ModelArguments, namespace)
     data_args = construct(DataArguments, namespace)
+    _check_flags(namespace)
     config = build_config(model_args)
     if model_args.model_name_or_path is not None:
         check_weights(model_args.model_name_or_path, config)
     deepspeed_json = _checked_deepspeed_json(namespace, config)
     topology = _topology(namespace, deepspeed_json)
     check_data_arguments(data_args)
-    resume_from = _checked_output_folder(namespace, topology, config)
+    resume_from = checked_output_folder(namespace, topology, config)
 
     try:
         args = construct(MoETrainingArguments, namespace, deepspeed=deepspeed_json, resume_from_checkpoint=resume_from)
@@ -96,7 +95,9 @@ def build_trainer(argv: list[str], relay: FailureRelay, description: str | None 
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if args.overwrite_output_dir and resume_from is None:
-        _remove_earlier_run(args)
+        if args.should_save:
+            remove_earlier_run(Path(args.output_dir))
+        raise_together(None)
     return trainer
 
 
@@ -153,41 +154,19 @@ def _topology(namespace: argparse.Namespace, deepspeed_json: dict | None) -> Top
     return Topology(world_size(), ep_size, zero_stage(deepspeed_json), dtype)
 
 
-def _checked_output_folder(namespace: argparse.Namespace, topology: Topology, config: MoEConfig) -> str | None:
-    """Return the checkpoint to resume from, or `None`; refuse to write over what an earlier run has left."""
+def _check_flags(namespace: argparse.Namespace) -> None:
+    """Refuse what `TrainingArguments` offers but this trainer does not do."""
     if not (namespace.do_train or namespace.do_eval):
         raise ConfigError("Nothing to do: give --do_train, --do_eval or both.")
     if namespace.push_to_hub:
         raise ConfigError("--push_to_hub is not supported in training; run: hf upload ORG/NAME OUTPUT_DIR/hf.")
-    output_dir = Path(namespace.output_dir or "trainer_output")
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ConfigError(f"--output_dir {output_dir} is a file; give a folder.")
-    resume_from = namespace.resume_from_checkpoint
-    if resume_from is not None:
-        if resume_from.lower() == "true":
-            resume_from = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-            if resume_from is None:
-                raise ConfigError(f"--resume_from_checkpoint: there is no checkpoint-N in {output_dir}.")
-        check_resumable(Path(resume_from), topology, config)
-        return resume_from
-    if namespace.do_train and not namespace.overwrite_output_dir and (left := _left_by_earlier_run(output_dir)):
+    if namespace.label_smoothing_factor:
         raise ConfigError(
-            f"--output_dir {output_dir} already holds {left[0].name}; give another folder, continue with "
-            "--resume_from_checkpoint, or say --overwrite_output_dir to delete it."
+            f"label_smoothing_factor={namespace.label_smoothing_factor} is not supported: the loss is the model's own; "
+            "leave it at 0."
         )
-    return None
-
-
-def _left_by_earlier_run(output_dir: Path) -> list[Path]:
-    patterns = ("checkpoint-*", EXPORT_NAME, "*.safetensors", "*.bin", "*.pt", METRICS_NAME)
-    return [path for pattern in patterns for path in sorted(output_dir.glob(pattern))]
-
-
-def _remove_earlier_run(args: MoETrainingArguments) -> None:
-    if args.should_save:
-        for path in _left_by_earlier_run(Path(args.output_dir)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    raise_together(None)
+    if not namespace.eval_do_concat_batches:
+        raise ConfigError("eval_do_concat_batches=False is not supported: evaluation keeps sums, not batches.")
 
 
 def _load_tokenizer(

@@ -9,7 +9,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ..checkpoint.export import export_model
 from ..checkpoint.model_card import active_parameters, render_model_card
-from ..checkpoint.topology import Topology, write_topology
+from ..checkpoint.topology import TOPOLOGY_NAME, Topology, write_topology
 from ..errors import CheckpointError, UserError
 from ..parallel.deepspeed_config import autoep_enabled, expert_parallel_size, zero_stage
 from ..parallel.engine import prepare_for_training, report_clipped_norm
@@ -92,6 +92,7 @@ class MoETrainer(Trainer):
             raise _loading_failed(resume_from_checkpoint, error) from error
         if self._deepspeed_json is not None and not self._engine_checks_gradients():
             report_clipped_norm(self.model_wrapped)
+        self._metrics.restart_clock()
         return prepared
 
     # ---- steps that are not finite ----
@@ -170,6 +171,10 @@ class MoETrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            # A run that was set back comes here again: what is there stops being whole before it is written over.
+            (checkpoint / TOPOLOGY_NAME).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
         # Older checkpoints are rotated away only after this one is whole.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -195,6 +200,12 @@ class MoETrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         # Without DeepSpeed the weights to resume from are the checkpoint's export.

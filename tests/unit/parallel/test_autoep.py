@@ -118,13 +118,14 @@ def test_converted_model_gives_the_same_losses(changes):
     register_preset()
     model = make_model(**changes)
     arguments = {"input_ids": TOKENS, "attention_mask": MASK, "labels": TOKENS, "output_router_logits": True}
+    arguments["output_hidden_states"] = True
     with torch.no_grad():
         expected = model(**arguments)
         convert(model)
         actual = model(**arguments)
     for name in ("logits", "loss", "layer_aux_losses", "layer_z_losses"):
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5)
-    assert len(actual.router_logits) == 2
+    assert len(actual.router_logits) == 2 and len(actual.hidden_states) == len(expected.hidden_states) == 5
     for ours, plain in zip(actual.router_logits, expected.router_logits, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
 
@@ -217,7 +218,8 @@ def test_groups_respect_the_bound_on_one_ranks_share(monkeypatch, bound, ep_size
     sizes = [[p.numel() for p in params] for params in moe]
     # In order: 4 · 48 · 32 = 6144 and 4 · 32 · 24 = 3072 elements for each of two layers.
     assert sizes == ([[6144, 3072], [6144, 3072]] if bound * ep_size == 10_000 else [[6144], [3072], [6144], [3072]])
-    assert names_of(model, sum(moe, [])) == [name for name, _ in model.named_parameters() if ".experts." in name]
+    moved = [name for params in moe for name in names_of(model, params)]
+    assert moved == [name for name, _ in model.named_parameters() if ".experts." in name]
 
 
 def test_size_of_a_partitioned_parameter_is_that_of_the_whole(monkeypatch):

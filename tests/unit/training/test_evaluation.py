@@ -56,7 +56,7 @@ def test_loss_is_the_mean_over_tokens_not_over_batches():
     torch.manual_seed(5)
     model = MoEForCausalLM(small_config()).eval()
     rows, collate = make_rows(7), CausalLMCollator(pad_token_id=0)
-    batches = [collate(rows[:4]), collate(rows[4:])]
+    batches = [collate(rows[:6]), collate(rows[6:])]
     total, count, aux, z, means = 0.0, 0, 0.0, 0.0, []
     with torch.no_grad():
         outputs = [model(**batch) for batch in batches]

@@ -21,8 +21,8 @@ from moe_hf.training.metrics import (
 @pytest.fixture
 def clock(monkeypatch) -> SimpleNamespace:
     """A clock whose time is set by the test."""
-    clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(metrics_module.time, "perf_counter", lambda: clock.now)
+    clock = SimpleNamespace(now=100.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(metrics_module, "time", clock)
     return clock
 
 
