@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     generate = commands.add_parser(
-        "generate", help="let an exported model continue a text, or chat with it line by line"
+        "generate", help="let an exported model continue a text, or one line after the other"
     )
     generate.add_argument("model", help="folder of an export")
     generate.add_argument("--prompt", help="text to continue; without it, prompts are read from the terminal")
@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
     from transformers import logging as transformers_logging
 
@@ -50,6 +51,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise ConfigError("--prompt is empty; give a text to continue, or leave the flag away.")
     try:
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").eval()
+        model.to(torch.accelerator.current_accelerator() or "cpu")
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     except Exception as error:  # whatever the readers of three formats raise: the folder is what is wrong
         raise CheckpointError(f"{arguments.model} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
@@ -72,7 +74,8 @@ def _prompts():
     """Yield what is typed until the input ends."""
     while True:
         try:
-            yield input("prompt> ")
+            if prompt := input("prompt> "):
+                yield prompt
         except EOFError:
             return
 

@@ -3,6 +3,7 @@
 import difflib
 import math
 from dataclasses import fields
+from importlib.util import find_spec
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
@@ -25,6 +26,8 @@ _TRANSFORMERS_KEYS = {
     "rope_theta",
     "torch_dtype",
 }
+
+_HAS_EXPERT_DISPATCH = find_spec("transformers.distributed.expert_parallel") is not None or None
 
 # Everything that one of the RoPE scalings reads.
 _ROPE_KEYS = {*RopeParameters.__annotations__, "type", "truncate", "mscale", "mscale_all_dim"}
@@ -108,7 +111,8 @@ class MoEConfig(PreTrainedConfig):
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
-    base_model_ep_plan = {
+    # Older Transformers dispatch tokens inside a router of another form; there is no plan for them.
+    base_model_ep_plan = _HAS_EXPERT_DISPATCH and {
         "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
         "layers.*.mlp.experts": "ep_dispatch_experts",
@@ -316,6 +320,12 @@ class MoEConfig(PreTrainedConfig):
             if not valid or (name == "partial_rotary_factor" and value > 1):
                 limit = " and at most 1" if name == "partial_rotary_factor" else ""
                 raise ValueError(f"rope_parameters has {name}={value}; it must be a finite number above 0{limit}.")
+        rotary_dim = int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
+        if rotary_dim < 2 or rotary_dim % 2:
+            raise ValueError(
+                f"partial_rotary_factor={self.rope_parameters['partial_rotary_factor']} of head_dim={self.head_dim} "
+                f"rotates {rotary_dim} channels; it must be an even number above 0."
+            )
         if unknown := sorted(self.rope_parameters.keys() - _ROPE_KEYS):
             nearest = difflib.get_close_matches(unknown[0], sorted(_ROPE_KEYS), n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(sorted(_ROPE_KEYS))}."
@@ -344,7 +354,18 @@ class MoEConfig(PreTrainedConfig):
         if self.num_experts == 0:
             if "sparse" in self.mlp_layer_types:
                 raise ValueError("mlp_layer_types contains 'sparse' but num_experts=0; give num_experts at least 1.")
+            if self.shared_expert_intermediate_size:
+                raise ValueError(
+                    f"shared_expert_intermediate_size={self.shared_expert_intermediate_size} has no effect with "
+                    "num_experts=0; leave it out."
+                )
             return
+        if "sparse" not in self.mlp_layer_types:
+            raise ValueError(
+                f"num_experts={self.num_experts} but no layer is sparse: num_hidden_layers={self.num_hidden_layers}, "
+                f"decoder_sparse_step={self.decoder_sparse_step}, moe_layer_indices={self.moe_layer_indices}; "
+                "make one sparse, or set num_experts=0 for a dense model."
+            )
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} must be between 1 and num_experts={self.num_experts}."

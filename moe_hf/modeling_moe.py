@@ -333,7 +333,8 @@ class MoEModel(MoEPreTrainedModel):
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # No padding_idx: where one token pads and ends texts, it would never learn. Padding is masked anyway.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([MoEDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = MoERMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = MoERotaryEmbedding(config)

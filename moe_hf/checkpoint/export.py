@@ -15,7 +15,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from ..configuration_moe import MoEConfig
 from ..errors import CheckpointError, UserError
-from ..modeling_moe import MoEForCausalLM
+from ..modeling_moe import MoEForCausalLM, MoEModel
 from ..parallel.gather import FullTensorReader
 from ..parallel.processes import raise_together, rank
 
@@ -120,6 +120,8 @@ def _finish(model, temporary: Path, output_dir: Path, plan, expected, tokenizer,
     config.dtype = model.dtype
     # Writes the source of the model's classes, and where they are found into the config.
     custom_object_save(model, temporary, config=config)
+    config.auto_map["AutoModel"] = f"modeling_moe.{MoEModel.__name__}"
+    config.use_cache = True  # switched off while training
     config.save_pretrained(temporary)
     generation_config = getattr(model, "generation_config", None) or GenerationConfig.from_model_config(config)
     generation_config.save_pretrained(temporary)

@@ -79,7 +79,7 @@ def write_topology(checkpoint: Path, topology: Topology, config: MoEConfig) -> N
 
 
 def _belongs_to_state(path: Path) -> bool:
-    """The export in `hf/` may be moved or deleted without harm to resuming."""
+    """Leave out the export in `hf/`, from which only a run without DeepSpeed resumes; it verifies itself."""
     return path.name not in (TOPOLOGY_NAME, f".{TOPOLOGY_NAME}") and path.parts[0] != "hf"
 
 
@@ -93,21 +93,7 @@ def check_resumable(checkpoint: Path, topology: Topology, config: MoEConfig) -> 
     """
     if not checkpoint.is_dir():
         raise CheckpointError(f"There is no checkpoint at {checkpoint}; give a checkpoint-N folder of an earlier run.")
-    path = checkpoint / TOPOLOGY_NAME
-    try:
-        record = json.loads(path.read_text())
-        saved = Topology(**record["topology"])
-        architecture, files = record["architecture"], record["files"]
-        if architecture.keys() - _ARCHITECTURE_FIELDS or not isinstance(files, dict):
-            raise ValueError("of another form")
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{checkpoint} has no {TOPOLOGY_NAME}, so it is not a whole checkpoint of run_clm_moe.py; "
-            "resume from another."
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path} is damaged; resume from another checkpoint.") from None
-
+    saved, architecture, files = _read_record(checkpoint)
     _check_files(checkpoint, files)
     for name, value in architecture.items():
         if getattr(config, name) != value:
@@ -123,6 +109,33 @@ def check_resumable(checkpoint: Path, topology: Topology, config: MoEConfig) -> 
                 f"{_WORDS[field.name]} must stay {before}. To go on with another layout start from its weights: "
                 f"--model_name_or_path {checkpoint / 'hf'}."
             )
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Return whether a `checkpoint-N` folder has its record and every file that the record names."""
+    try:
+        _check_files(checkpoint, _read_record(checkpoint)[2])
+    except CheckpointError:
+        return False
+    return True
+
+
+def _read_record(checkpoint: Path) -> tuple[Topology, dict, dict[str, int]]:
+    path = checkpoint / TOPOLOGY_NAME
+    try:
+        record = json.loads(path.read_text())
+        saved = Topology(**record["topology"])
+        architecture, files = record["architecture"], record["files"]
+        if architecture.keys() - _ARCHITECTURE_FIELDS or not isinstance(files, dict):
+            raise ValueError("of another form")
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{checkpoint} has no {TOPOLOGY_NAME}, so it is not a whole checkpoint of run_clm_moe.py; "
+            "resume from another."
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path} is damaged; resume from another checkpoint.") from None
+    return saved, architecture, files
 
 
 def _check_files(checkpoint: Path, files: dict[str, int]) -> None:

@@ -29,9 +29,10 @@ def read_deepspeed_json(source: str | os.PathLike | Config) -> Config:
     if isinstance(source, dict):
         return copy.deepcopy(source)
     try:
-        config = json.loads(
-            Path(source).read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
-        )
+        # As for TrainingArguments, the JSON itself may stand in place of a file's name.
+        inline = str(source).lstrip().startswith("{")
+        text = str(source) if inline else Path(source).read_text(encoding="utf-8")
+        config = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except OSError as error:
         raise ConfigError(f"DeepSpeed JSON {source} cannot be read: {error.strerror or error}") from None
     except json.JSONDecodeError as error:

@@ -13,12 +13,21 @@ _INTEGRATION_POINTS = {
         "deepspeed.module_inject.auto_ep_layer": ("AutoEPMoELayer",),
         "deepspeed.module_inject.auto_ep_presets.base": ("AutoEPPresetAdapter", "MoEModelPreset"),
         "deepspeed.module_inject.auto_ep_presets.registry": ("PRESET_MODELS", "_PRESET_ADAPTERS"),
-        "deepspeed.utils.groups": ("_get_data_parallel_group", "_get_expert_parallel_group"),
+        "deepspeed.utils.groups": ("_get_data_parallel_group",),
     },
     "transformers": {
         "transformers.utils.output_capturing": ("OutputRecorder", "capture_outputs"),
         "transformers.integrations.deepspeed": ("HfTrainerDeepSpeedConfig", "is_deepspeed_zero3_enabled"),
         "transformers.integrations": ("use_experts_implementation",),
+        "transformers.trainer": (
+            "Trainer._load_best_model",
+            "Trainer._load_from_checkpoint",
+            "Trainer._load_rng_state",
+            "Trainer._maybe_log_save_evaluate",
+            "Trainer._prepare_for_training",
+            "Trainer._save_checkpoint",
+            "Trainer.get_batch_samples",
+        ),
     },
 }
 
@@ -35,9 +44,15 @@ def require_supported(package: str) -> None:
         except ImportError:
             missing.append(module_name)
             continue
-        missing += [f"{module_name}.{name}" for name in names if not hasattr(module, name)]
+        missing += [f"{module_name}.{name}" for name in names if not _has(module, name)]
     if missing:
         raise ImportError(
             f"{package} {version(package)} has moved {missing[0]}, to which moe_hf attaches; "
             f"install a version that works: pip install '{package}{SUPPORTED[package]}'."
         )
+
+
+def _has(module, dotted: str) -> bool:
+    for name in dotted.split("."):
+        module = getattr(module, name, None)
+    return module is not None

@@ -81,6 +81,10 @@ class MoETrainingArguments(TrainingArguments):
                 raise ConfigError(f"{name}={kwargs} would switch the router losses off; use use_reentrant=False.")
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and keeps the lines of the commands in the description."""
+
+
 class _Parser(HfArgumentParser):
     """Raises instead of printing a usage wall, and suggests the flag that was meant."""
 
@@ -120,7 +124,7 @@ def build_parser(description: str | None = None) -> HfArgumentParser:
     return _Parser(
         (ModelArguments, DataArguments, MoETrainingArguments),
         description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
 

@@ -19,7 +19,8 @@ from ..presets import preset_names, read_preset
 from .argument_files import EXTENSIONS, parse_yaml
 from .arguments import ModelArguments
 
-_SHORTHANDS = {"moe_layer_indices", "decoder_sparse_step", "first_k_dense_replace", "num_hidden_layers", "num_experts"}
+# Ways to say which layers are sparse; the fields of one group belong together.
+_LAYER_PATTERNS = ({"mlp_layer_types"}, {"moe_layer_indices"}, {"decoder_sparse_step", "first_k_dense_replace"})
 _OWN_FLAGS = (
     "num_experts",
     "num_experts_per_tok",
@@ -136,7 +137,11 @@ def _split_outside_brackets(text: str) -> list[str]:
 
 def _merge(values: dict, overrides: dict) -> dict:
     """Apply overrides; a list of layer types that was derived from its shorthand is derived again."""
-    if overrides.keys() & _SHORTHANDS and "mlp_layer_types" not in overrides and "mlp_layer_types" in values:
+    if touched := [group for group in _LAYER_PATTERNS if group & overrides.keys()]:
+        # One way to say which layers are sparse takes the place of the others.
+        replaced = set().union(*_LAYER_PATTERNS) - set().union(*touched)
+        values = {k: v for k, v in values.items() if k not in replaced}
+    elif overrides.keys() & {"num_hidden_layers", "num_experts"} and "mlp_layer_types" in values:
         rest = {k: v for k, v in values.items() if k != "mlp_layer_types"}
         if make_config(rest).mlp_layer_types == values["mlp_layer_types"]:
             values = rest

@@ -5,11 +5,12 @@ import re
 import shutil
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainerCallback
 
-from ..checkpoint.topology import Topology, check_resumable
+from ..checkpoint.topology import Topology, check_resumable, is_whole
 from ..configuration_moe import MoEConfig
 from ..errors import ConfigError
+from ..parallel.processes import raise_together, rank
 from .metrics import METRICS_NAME
 from .trainer import EXPORT_NAME
 
@@ -36,11 +37,13 @@ def checked_output_folder(namespace: argparse.Namespace, topology: Topology, con
     resume_from = namespace.resume_from_checkpoint
     if resume_from is not None:
         if resume_from.lower() == "true":
-            resume_from = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-            if resume_from is None:
-                raise ConfigError(f"--resume_from_checkpoint: there is no checkpoint-N in {output_dir}.")
+            resume_from = str(_newest_checkpoint(output_dir))
         check_resumable(Path(resume_from), topology, config)
         return resume_from
+    for flag in ("model_name_or_path", "tokenizer_name"):
+        source = getattr(namespace, flag)
+        if namespace.overwrite_output_dir and source and Path(source).resolve().is_relative_to(output_dir.resolve()):
+            raise ConfigError(f"--overwrite_output_dir would delete --{flag} {source}; give another --output_dir.")
     held = [*_left_by_earlier_run(output_dir), *sorted(output_dir.glob("*.safetensors"))]
     if namespace.do_train and not namespace.overwrite_output_dir and held:
         raise ConfigError(
@@ -50,10 +53,29 @@ def checked_output_folder(namespace: argparse.Namespace, topology: Topology, con
     return None
 
 
-def remove_earlier_run(output_dir: Path) -> None:
-    """Delete what a run writes, and nothing that the user may have put beside it."""
-    for path in _left_by_earlier_run(output_dir):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+class RemoveEarlierRun(TrainerCallback):
+    """Deletes what a run writes, and nothing that the user may have put beside it, when training really begins.
+
+    By then the optimizer and all reporters exist: whatever could have failed has.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if args.should_save:
+            for path in _left_by_earlier_run(Path(args.output_dir)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise_together(None)
+
+
+def _newest_checkpoint(output_dir: Path) -> Path:
+    """Return the newest whole checkpoint, or the newest of all, whose fault is then told."""
+    numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    checkpoints = sorted(numbered, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
+    if not checkpoints:
+        raise ConfigError(f"--resume_from_checkpoint: there is no checkpoint-N in {output_dir}.")
+    chosen = next((path for path in checkpoints if is_whole(path)), checkpoints[0])
+    if chosen != checkpoints[0] and rank() == 0:
+        print(f"{checkpoints[0].name} is not whole; resuming from {chosen.name}.", flush=True)
+    return chosen
 
 
 def _left_by_earlier_run(output_dir: Path) -> list[Path]:

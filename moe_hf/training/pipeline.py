@@ -5,10 +5,11 @@ of one process has to be carried to the others.
 """
 
 import argparse
-from pathlib import Path
+import os
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging
 
 from ..checkpoint.topology import Topology
 from ..configuration_moe import MoEConfig
@@ -26,6 +27,7 @@ from ..parallel.deepspeed_schema import check_deepspeed_keys
 from ..parallel.engine import join_process_group
 from ..parallel.failure import FailureRelay
 from ..parallel.processes import raise_together, world_size
+from ..parallel.versions import require_supported
 from .arguments import ModelArguments, MoETrainingArguments, construct, parse_arguments
 from .collator import CausalLMCollator
 from .corpus import load_or_train_tokenizer
@@ -33,8 +35,10 @@ from .data import build_datasets, resolve_block_size
 from .data_arguments import DataArguments
 from .data_files import check_data_arguments
 from .model_config import build_config, check_weights
-from .output_folder import checked_output_folder, remove_earlier_run
+from .output_folder import RemoveEarlierRun, checked_output_folder
 from .trainer import MoETrainer
+
+logger = logging.get_logger(__name__)
 
 
 def train_and_export(argv: list[str], relay: FailureRelay, description: str | None = None) -> dict[str, float]:
@@ -66,11 +70,17 @@ def build_trainer(argv: list[str], relay: FailureRelay, description: str | None 
     check_data_arguments(data_args)
     resume_from = checked_output_folder(namespace, topology, config)
 
+    replaced = {"deepspeed": deepspeed_json, "resume_from_checkpoint": resume_from}
+    if data_args.streaming and namespace.accelerator_config is None:
+        # Otherwise one process reads for all and cuts its batches up, which rows of unequal length do not allow.
+        replaced["accelerator_config"] = {"dispatch_batches": False}
     try:
-        args = construct(MoETrainingArguments, namespace, deepspeed=deepspeed_json, resume_from_checkpoint=resume_from)
+        args = construct(MoETrainingArguments, namespace, **replaced)
     finally:
         # Also when it fails, because by then it may have started the process group.
         relay.watch()
+    if args.n_gpu > 1:
+        raise ConfigError(f"One process cannot use {args.n_gpu} GPUs; start with: deepspeed run_clm_moe.py ….")
     if deepspeed_json is not None:
         join_process_group()
     set_seed(args.seed)
@@ -92,12 +102,10 @@ def build_trainer(argv: list[str], relay: FailureRelay, description: str | None 
         )
     except UserError:
         raise
-    except ValueError as error:
+    except (ValueError, ImportError, RuntimeError) as error:
         raise ConfigError(str(error)) from error
     if args.overwrite_output_dir and resume_from is None:
-        if args.should_save:
-            remove_earlier_run(Path(args.output_dir))
-        raise_together(None)
+        trainer.add_callback(RemoveEarlierRun)
     return trainer
 
 
@@ -122,6 +130,13 @@ def _checked_deepspeed_json(namespace: argparse.Namespace, config: MoEConfig) ->
                 "add --deepspeed ds_configs/zero3_ep.json."
             )
         return None
+    if "RANK" not in os.environ:
+        raise ConfigError("--deepspeed needs several processes or one from its launcher: deepspeed run_clm_moe.py ….")
+    try:
+        for package in ("deepspeed", "transformers"):
+            require_supported(package)
+    except ImportError as error:
+        raise ConfigError(str(error)) from error
     deepspeed_json = read_deepspeed_json(namespace.deepspeed)
     check_deepspeed_keys(deepspeed_json)
     if namespace.expert_parallel_size is not None:
@@ -165,6 +180,18 @@ def _check_flags(namespace: argparse.Namespace) -> None:
             f"label_smoothing_factor={namespace.label_smoothing_factor} is not supported: the loss is the model's own; "
             "leave it at 0."
         )
+    if namespace.fsdp:
+        raise ConfigError("--fsdp is not supported; ZeRO 3 does the same: --deepspeed ds_configs/zero3.json.")
+    for name in (
+        "max_skipped_steps",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+    ):
+        if (value := getattr(namespace, name)) < 1:
+            raise ConfigError(f"{name}={value} must be at least 1.")
+    if namespace.fp16 and not (torch.accelerator.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported()):
+        raise ConfigError("--fp16 needs an accelerator or a CPU with 16-bit floats; use --bf16.")
     if not namespace.eval_do_concat_batches:
         raise ConfigError("eval_do_concat_batches=False is not supported: evaluation keeps sums, not batches.")
 
@@ -173,6 +200,10 @@ def _load_tokenizer(
     args: MoETrainingArguments, model_args: ModelArguments, data_args: DataArguments, config: MoEConfig
 ) -> PreTrainedTokenizerBase:
     name = data_args.tokenizer_name or model_args.model_name_or_path
+    if name is None and (data_args.train_file or data_args.validation_file or data_args.dataset_name):
+        logger.warning_once(
+            "No --tokenizer_name: using the tokenizer of the embedded corpus, trained on Python source."
+        )
     with args.main_process_first(desc="tokenizer"):
         try:
             if name is None:

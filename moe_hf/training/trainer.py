@@ -4,13 +4,14 @@ import os
 from pathlib import Path
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..checkpoint.export import export_model
 from ..checkpoint.model_card import active_parameters, render_model_card
 from ..checkpoint.topology import TOPOLOGY_NAME, Topology, write_topology
-from ..errors import CheckpointError, UserError
+from ..errors import CheckpointError, ConfigError, UserError
 from ..parallel.deepspeed_config import autoep_enabled, expert_parallel_size, zero_stage
 from ..parallel.engine import prepare_for_training, report_clipped_norm
 from ..parallel.processes import raise_together
@@ -101,7 +102,10 @@ class MoETrainer(Trainer):
         """As in `Trainer`; AutoEP's experts get their own groups, and a guard looks for NaN where nobody does."""
         if self.optimizer is not None:
             return self.optimizer
-        optimizer = super().create_optimizer(model)
+        try:
+            optimizer = super().create_optimizer(model)
+        except ImportError as error:
+            raise ConfigError(f"--optim {self.args.optim.value} needs a package: {error}") from error
         if self._deepspeed_json is not None and autoep_enabled(self._deepspeed_json):
             from ..parallel.autoep import split_expert_groups
 
@@ -150,6 +154,11 @@ class MoETrainer(Trainer):
         Raises:
             TrainingStopped: too many steps in a row were not finite; a checkpoint was saved.
         """
+        if (checkpoint := self.args.resume_from_checkpoint) is not None:
+            try:
+                TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+            except Exception as error:
+                raise _loading_failed(checkpoint, error) from error
         result = super().train(*args, **kwargs)
         if self._stop_reason is not None:
             where = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -200,6 +209,12 @@ class MoETrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    def _load_rng_state(self, checkpoint) -> None:
+        try:
+            super()._load_rng_state(checkpoint)
+        except Exception as error:
+            raise _loading_failed(checkpoint, error) from error
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled:

@@ -96,6 +96,10 @@ SETTINGS_TRANSFORMERS_TOLERATES = [
     ({"partial_rotary_factor": 1.5}, "partial_rotary_factor"),
     ({"pad_token_id": 61}, "pad_token_id=61", "vocab_size=61"),
     ({"num_experts": 0, "moe_layer_indices": [0]}, "moe_layer_indices=[0]", "num_experts=0"),
+    ({"num_experts": 4, "decoder_sparse_step": 7}, "num_experts=4 but no layer is sparse", "decoder_sparse_step=7"),
+    ({"num_experts": 4, "moe_layer_indices": []}, "num_experts=4 but no layer is sparse", "moe_layer_indices=[]"),
+    ({"num_experts": 0, "shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size=8", "num_experts=0"),
+    ({"head_dim": 6, "partial_rotary_factor": 0.1}, "partial_rotary_factor=0.1", "head_dim=6"),
     ({"num_experts": 4, "num_local_experts": 8}, "num_local_experts=8", "num_experts=4"),
 ]
 
@@ -163,12 +167,9 @@ LAYER_TYPES = [
     ({}, "ssssss"),
     ({"decoder_sparse_step": 2}, "dsdsds"),
     ({"decoder_sparse_step": 3}, "ddsdds"),
-    ({"decoder_sparse_step": 7}, "dddddd"),
     ({"first_k_dense_replace": 1}, "dsssss"),
-    ({"first_k_dense_replace": 6}, "dddddd"),
     ({"first_k_dense_replace": 2, "decoder_sparse_step": 2}, "dddsds"),
     ({"moe_layer_indices": [4, 0]}, "sdddsd"),
-    ({"moe_layer_indices": []}, "dddddd"),
     ({"mlp_layer_types": ["dense", "dense", "sparse", "sparse", "dense", "sparse"]}, "ddssds"),
     ({"mlp_layer_types": ["dense", "sparse"] * 3, "decoder_sparse_step": 2}, "dsdsds"),
     ({"num_experts": 0}, "dddddd"),

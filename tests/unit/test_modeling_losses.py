@@ -270,3 +270,11 @@ def test_forward_on_the_meta_device_gives_shapes():
         # The only experts implementation that runs on it, for Transformers' own models too.
         model.set_experts_implementation("batched_mm")
         assert model(torch.zeros(2, 5, dtype=torch.long)).logits.shape == (2, 5, 61)
+
+
+def test_a_token_that_pads_and_ends_texts_is_learned():
+    model = MoEForCausalLM(tiny_config(pad_token_id=0, eos_token_id=0))
+    tokens = torch.tensor([[5, 0, 7, 0, 9]])
+    model(tokens, labels=tokens).loss.backward()
+    assert model.model.embed_tokens.weight.grad[0].abs().sum() > 0
+    assert model.model.embed_tokens.weight[0].norm() > 0

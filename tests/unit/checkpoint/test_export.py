@@ -147,6 +147,7 @@ def test_export_loads_where_the_package_is_not_installed(tmp_path, monkeypatch):
         assert (tmp_path / "hf" / name).is_file()
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "configuration_moe.MoEConfig",
+        "AutoModel": "modeling_moe.MoEModel",
         "AutoModelForCausalLM": "modeling_moe.MoEForCausalLM",
     }
     monkeypatch.delitem(CONFIG_MAPPING._extra_content, "moe_hf")

@@ -178,13 +178,14 @@ def test_explicit_list_of_a_saved_configuration_is_kept(saved):
     assert kinds(configure(folder, hidden_size=32)) == "SddS"
     with pytest.raises(ConfigError, match="mlp_layer_types has 4 entries but num_hidden_layers=6"):
         configure(folder, num_hidden_layers=6)
-    with pytest.raises(ConfigError, match="contradicts moe_layer_indices=None, decoder_sparse_step=2"):
-        configure(folder, decoder_sparse_step=2)
+    assert kinds(configure(folder, decoder_sparse_step=2)) == "dSdS"
 
 
-def test_explicit_list_in_the_overrides_must_fit_the_shorthand():
-    with pytest.raises(ConfigError, match=r"mlp_layer_types=.* contradicts .*decoder_sparse_step=2"):
-        configure(config_overrides="mlp_layer_types=[sparse,sparse,dense,dense]")
+def test_one_way_to_name_the_sparse_layers_replaces_another():
+    assert kinds(configure(config_overrides="mlp_layer_types=[sparse,sparse,dense,dense]")) == "SSdd"
+    assert kinds(configure(config_overrides="moe_layer_indices=[0]")) == "Sddd"
+    with pytest.raises(ConfigError, match="contradicts"):
+        configure(config_overrides="mlp_layer_types=[sparse,sparse,dense,dense],decoder_sparse_step=4")
     assert (
         kinds(configure(config_overrides="mlp_layer_types=[sparse,sparse,dense,dense],decoder_sparse_step=1")) == "SSdd"
     )
