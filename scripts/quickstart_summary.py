@@ -92,7 +92,7 @@ Next:
   .venv/bin/deepspeed --num_accelerators 2 run_clm_moe.py --config_name quickstart --num_experts 16 \\
       --deepspeed ds_configs/zero2_ep.json --do_train --max_steps 100 --output_dir runs/sixteen
   .venv/bin/deepspeed --num_accelerators 2 run_clm_moe.py --config_name quickstart --train_file 'mine/*.jsonl' \\
-      --deepspeed ds_configs/zero3_ep.json --do_train --output_dir runs/mine"""
+      --tokenizer_name {export} --deepspeed ds_configs/zero3_ep.json --do_train --output_dir runs/mine"""
 
 
 if __name__ == "__main__":
