@@ -164,8 +164,12 @@ def test_export_is_the_live_model(cell, runs):
 
     with torch.no_grad():
         logits = model.eval()(torch.arange(3, 27).reshape(2, 12)).logits
-    tolerance = 1e-5 if cell.dtype == "fp32" else 3e-2
-    torch.testing.assert_close(logits.float(), live["logits"].float(), rtol=tolerance, atol=tolerance)
+    if cell.ep is None:
+        assert torch.equal(logits, live["logits"])
+    else:
+        # AutoEP multiplies gate and up separately and sums in another order than the model it has replaced.
+        tolerance = 5e-6 if cell.dtype == "fp32" else 1e-2
+        torch.testing.assert_close(logits.float(), live["logits"].float(), rtol=tolerance, atol=tolerance)
 
 
 def test_export_generates(cell, runs):
