@@ -44,7 +44,7 @@ def export_model(
 
     Tensors are gathered and written one shard at a time, so that rank 0 holds one shard plus one tensor in host
     memory. The folder is written under a temporary name, checked against the model's full list of names and shapes,
-    and renamed when whole: a reader sees the old folder or the new one.
+    and renamed when whole: a reader never sees a folder that is half written.
 
     Args:
         model: the live model, plain or inside a DeepSpeed engine, in the dtype to export.

@@ -40,7 +40,7 @@ class TrainingMetrics:
         self._sums = parts if self._sums is None else self._sums + parts
 
     def add_step(self, num_tokens: torch.Tensor | int) -> None:
-        """Count one optimizer step over `num_tokens` unmasked tokens of all ranks."""
+        """Count one optimizer step over `num_tokens` unmasked tokens, as many as the losses are means over."""
         self._num_steps += 1
         self._tokens = self._tokens + num_tokens
 

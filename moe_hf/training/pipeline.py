@@ -222,17 +222,16 @@ def _load_tokenizer(
 
 def _load_data(args: MoETrainingArguments, data_args: DataArguments, tokenizer, config: MoEConfig):
     block_size = resolve_block_size(data_args, tokenizer, config.max_position_embeddings)
-    # The first process prepares and caches, the others read its cache.
-    with args.main_process_first(desc="data"):
-        return build_datasets(
-            data_args,
-            tokenizer,
-            block_size=block_size,
-            vocab_size=config.vocab_size,
-            do_train=args.do_train,
-            do_eval=args.do_eval,
-            seed=args.seed,
-        )
+    return build_datasets(
+        data_args,
+        tokenizer,
+        block_size=block_size,
+        vocab_size=config.vocab_size,
+        do_train=args.do_train,
+        do_eval=args.do_eval,
+        seed=args.seed,
+        is_main_process_first_context=args.main_process_first(desc="data"),
+    )
 
 
 def _build_model(model_args: ModelArguments, config: MoEConfig, tokenizer: PreTrainedTokenizerBase) -> MoEForCausalLM:
