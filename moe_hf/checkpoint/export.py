@@ -1,15 +1,10 @@
 """Write a live model, however it is sharded, as one complete Hugging Face folder."""
 
-import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -18,14 +13,19 @@ from ..errors import CheckpointError, UserError
 from ..modeling_moe import MoEForCausalLM, MoEModel
 from ..parallel.gather import FullTensorReader
 from ..parallel.processes import raise_together, rank
+from .folders import incomplete_name, make_empty, put_in_place
+from .weights import write_weights
 
-INDEX_NAME = "model.safetensors.index.json"
 
+def expected_tensors(config: MoEConfig, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Return every tensor that a saved model of this configuration consists of, on the meta device, by its HF name.
 
-def expected_tensors(config: MoEConfig) -> dict[str, torch.Tensor]:
-    """Return every tensor that a saved model of this configuration consists of, on the meta device, by its HF name."""
+    Parameters have the given dtype; buffers (the router's correction bias) keep their own.
+    """
     with torch.device("meta"):
-        state = MoEForCausalLM(config).state_dict()
+        model = MoEForCausalLM(config)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    state = {name: tensor.to(dtype) if name in parameters else tensor for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
     return state
@@ -58,45 +58,30 @@ def export_model(
         CheckpointError: the model lacks a tensor, or rank 0 could not write; on all ranks alike.
     """
     output_dir = Path(output_dir)
-    temporary = output_dir.with_name(f".{output_dir.name}.incomplete")
-    expected = expected_tensors(model.config)
-    plan = split_torch_state_dict_into_shards(expected, max_shard_size=max_shard_size)
+    temporary = incomplete_name(output_dir)
+    expected = expected_tensors(model.config, model.dtype)
     reader = FullTensorReader(model)
 
-    error = _guarded(_make_empty, temporary)
-    raise_together(error)
-    for filename, names in plan.filename_to_tensors.items():
-        shard: dict[str, torch.Tensor] = {}
-        for name in names:
-            if on_tensor is not None:
-                on_tensor(name)
-            tensor = _read(reader, name)
-            if tensor is not None and tensor.shape != expected[name].shape:
-                wanted = tuple(expected[name].shape)
-                error = CheckpointError(f"{name} has shape {tuple(tensor.shape)} but the model's is {wanted}.")
-            elif tensor is not None:
-                shard[name] = tensor
-        if error is None:
-            # If this fails the other ranks go on gathering: so must rank 0, and say what happened at the end.
-            error = _guarded(save_file, shard, temporary / filename, {"format": "pt"})
-    if error is None:
-        error = _guarded(_finish, model, temporary, output_dir, plan, expected, tokenizer, model_card)
+    def read(name: str) -> torch.Tensor | None:
+        if on_tensor is not None:
+            on_tensor(name)
+        try:
+            return reader.read(name)
+        except KeyError:
+            raise CheckpointError(f"The model has no tensor for {name}, so the export would be incomplete.") from None
+
+    raise_together(_attempt(make_empty, temporary) if rank() == 0 else None)
+    # If rank 0 fails to write, the other ranks go on gathering: so must rank 0, and say what happened at the end.
+    error = _attempt(write_weights, temporary, expected, read, max_shard_size=max_shard_size, collective=True)
+    if error is None and rank() == 0:
+        error = _attempt(_finish, model, temporary, output_dir, tokenizer, model_card)
     raise_together(error)
 
 
-def _read(reader: FullTensorReader, name: str) -> torch.Tensor | None:
+def _attempt(function: Callable, *args, **kwargs) -> UserError | None:
+    """Call `function` and return what went wrong as an error that all ranks can share."""
     try:
-        return reader.read(name)
-    except KeyError:
-        raise CheckpointError(f"The model has no tensor for {name}, so the export would be incomplete.") from None
-
-
-def _guarded(write: Callable, *args) -> UserError | None:
-    """Call `write` on rank 0 and return what went wrong there as an error that all ranks can share."""
-    if rank() != 0:
-        return None
-    try:
-        write(*args)
+        function(*args, **kwargs)
     except UserError as error:
         return error
     except Exception as error:
@@ -104,70 +89,40 @@ def _guarded(write: Callable, *args) -> UserError | None:
     return None
 
 
-def _make_empty(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+def _finish(model: MoEForCausalLM, temporary: Path, output_dir: Path, tokenizer, model_card: str | None) -> None:
+    write_model_files(
+        temporary,
+        model.config,
+        model.dtype,
+        generation_config=getattr(model, "generation_config", None),
+        tokenizer=tokenizer,
+        model_card=model_card,
+    )
+    put_in_place(temporary, output_dir)
 
 
-def _finish(model, temporary: Path, output_dir: Path, plan, expected, tokenizer, model_card) -> None:
-    """Add all that is not a weight, verify, and put the folder in its place."""
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (temporary / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-    config = MoEConfig.from_dict(model.config.to_dict())
+def write_model_files(
+    folder: Path,
+    config: MoEConfig,
+    dtype: torch.dtype,
+    *,
+    generation_config: GenerationConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    model_card: str | None = None,
+) -> None:
+    """Add to `folder` all that is not a weight: configuration, the source of the classes, tokenizer, README."""
+    config = MoEConfig.from_dict(config.to_dict())
     config.architectures = [MoEForCausalLM.__name__]
-    config.dtype = model.dtype
+    config.dtype = dtype
     # Writes the source of the model's classes, and where they are found into the config.
-    custom_object_save(model, temporary, config=config)
+    with torch.device("meta"):
+        custom_object_save(MoEForCausalLM(config), folder, config=config)
     config.auto_map["AutoModel"] = f"modeling_moe.{MoEModel.__name__}"
     config.use_cache = True  # switched off while training
-    config.save_pretrained(temporary)
-    generation_config = getattr(model, "generation_config", None) or GenerationConfig.from_model_config(config)
-    generation_config.save_pretrained(temporary)
+    config.save_pretrained(folder)
+    generation_config = generation_config or GenerationConfig.from_model_config(config)
+    generation_config.save_pretrained(folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(temporary)
+        tokenizer.save_pretrained(folder)
     if model_card is not None:
-        (temporary / "README.md").write_text(model_card)
-    verify_export(temporary, expected, list(plan.filename_to_tensors))
-    _sync_to_disk(temporary)
-    _replace_folder(temporary, output_dir)
-
-
-def verify_export(folder: Path, expected: dict[str, torch.Tensor], filenames: list[str]) -> None:
-    """Raise `CheckpointError` unless the files in `folder` hold exactly the expected names and shapes."""
-    found: dict[str, list[int]] = {}
-    for filename in filenames:
-        with safe_open(folder / filename, framework="pt") as file:
-            found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    missing = sorted(expected.keys() - found.keys())
-    surplus = sorted(found.keys() - expected.keys())
-    if missing or surplus:
-        raise CheckpointError(
-            f"The export is wrong: missing {missing[:3] or 'nothing'}, surplus {surplus[:3] or 'none'}."
-        )
-    for name, shape in found.items():
-        if list(expected[name].shape) != list(shape):
-            raise CheckpointError(f"{name} was written with shape {shape}, not {list(expected[name].shape)}.")
-
-
-def _sync_to_disk(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _replace_folder(source: Path, destination: Path) -> None:
-    """Rename `source` to `destination`; a folder that is there is moved aside first and deleted last."""
-    if not destination.exists():
-        os.replace(source, destination)
-        return
-    aside = destination.with_name(f".{destination.name}.replaced")
-    if aside.exists():
-        shutil.rmtree(aside)
-    os.replace(destination, aside)
-    os.replace(source, destination)
-    shutil.rmtree(aside)
+        (folder / "README.md").write_text(model_card)

@@ -13,8 +13,9 @@ from small import save_tokenizer, small_config
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, dynamic_module_utils
 
 from moe_hf import MoEConfig, MoEForCausalLM
-from moe_hf.checkpoint import export
-from moe_hf.checkpoint.export import expected_tensors, export_model, verify_export
+from moe_hf.checkpoint import weights
+from moe_hf.checkpoint.export import expected_tensors, export_model
+from moe_hf.checkpoint.weights import verify_weights
 from moe_hf.errors import CheckpointError
 from moe_hf.parallel.gather import FullTensorReader
 
@@ -176,7 +177,7 @@ def test_list_of_tensors_is_that_of_the_model_and_costs_nothing():
 def test_one_shard_and_one_tensor_are_held_at_a_time(tmp_path, monkeypatch):
     alive: dict[str, weakref.ref] = {}
     held_at_read, read_in_order, files = [], [], []
-    read, save = FullTensorReader.read, export.save_file
+    read, save = FullTensorReader.read, weights.save_file
 
     def watch_read(self, name: str) -> torch.Tensor:
         held_at_read.append({other for other, reference in alive.items() if reference() is not None})
@@ -190,7 +191,7 @@ def test_one_shard_and_one_tensor_are_held_at_a_time(tmp_path, monkeypatch):
         save(tensors, path, metadata)
 
     monkeypatch.setattr(FullTensorReader, "read", watch_read)
-    monkeypatch.setattr(export, "save_file", watch_save)
+    monkeypatch.setattr(weights, "save_file", watch_save)
     names_told = []
     export_model(make_model(), tmp_path / "hf", max_shard_size="20KB", on_tensor=names_told.append)
     assert len(files) > 3 and set.union(*files) == set(read_in_order)
@@ -243,7 +244,7 @@ def with_a_wrong_shape(model: MoEForCausalLM, monkeypatch) -> None:
 
 
 def with_a_full_disk(model: MoEForCausalLM, monkeypatch) -> None:
-    save, files = export.save_file, []
+    save, files = weights.save_file, []
 
     def fail_at_the_second_file(tensors, path, metadata) -> None:
         files.append(path)
@@ -251,16 +252,16 @@ def with_a_full_disk(model: MoEForCausalLM, monkeypatch) -> None:
             raise OSError(28, "No space left on device")
         save(tensors, path, metadata)
 
-    monkeypatch.setattr(export, "save_file", fail_at_the_second_file)
+    monkeypatch.setattr(weights, "save_file", fail_at_the_second_file)
 
 
 def with_a_torn_file(model: MoEForCausalLM, monkeypatch) -> None:
-    save = export.save_file
+    save = weights.save_file
 
     def lose_a_tensor(tensors, path, metadata) -> None:
         save({name: t for name, t in tensors.items() if name != "model.norm.weight"}, path, metadata)
 
-    monkeypatch.setattr(export, "save_file", lose_a_tensor)
+    monkeypatch.setattr(weights, "save_file", lose_a_tensor)
 
 
 def with_an_error_of_a_library(model: MoEForCausalLM, monkeypatch) -> None:
@@ -279,7 +280,7 @@ def with_an_error_of_a_library(model: MoEForCausalLM, monkeypatch) -> None:
             "model.layers.3.mlp.experts.down_proj has shape (2, 32, 24) but the model's is (4, 32, 24).",
         ),
         (with_a_full_disk, "Could not write the export: OSError: [Errno 28] No space left on device."),
-        (with_a_torn_file, "The export is wrong: missing ['model.norm.weight'], surplus none."),
+        (with_a_torn_file, "model.norm.weight is in its index but in no file."),
         (with_an_error_of_a_library, "Could not write the export: RuntimeError: cannot be serialised."),
     ],
 )
@@ -324,7 +325,7 @@ def test_only_the_first_rank_writes(tmp_path, monkeypatch):
         (lambda expected: expected.update(new=torch.ones(1)), "missing ['new'], surplus none"),
         (
             lambda expected: expected.update({"model.norm.weight": torch.ones(31)}),
-            "model.norm.weight was written with shape [32], not [31]",
+            "model.norm.weight was written as torch.float32 (32,), not torch.float32 (31,)",
         ),
     ],
 )
@@ -332,8 +333,8 @@ def test_files_are_compared_with_what_is_expected(tmp_path, change, sentence):
     model = make_model()
     export_model(model, tmp_path / "hf")
     expected = expected_tensors(model.config)
-    verify_export(tmp_path / "hf", expected, ["model.safetensors"])
+    verify_weights(tmp_path / "hf", expected)
     change(expected)
     with pytest.raises(CheckpointError) as error:
-        verify_export(tmp_path / "hf", expected, ["model.safetensors"])
+        verify_weights(tmp_path / "hf", expected)
     assert sentence in str(error.value)
