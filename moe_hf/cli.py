@@ -1,13 +1,14 @@
 """The `moe-hf` command: what one does with a model besides training it."""
 
 import argparse
+import os
 import sys
 
 from . import __version__
-from .commands import generate, presets
+from .commands import convert, export, generate, inspect, presets, push, upcycle
 from .errors import UserError
 
-COMMANDS = (generate, presets)
+COMMANDS = (export, convert, upcycle, inspect, push, generate, presets)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,3 +24,8 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

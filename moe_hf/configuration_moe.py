@@ -52,7 +52,9 @@ class MoEConfig(PreTrainedConfig):
         hidden_act (`str`, defaults to `"silu"`): gate activation of the SwiGLU MLPs; nothing else is supported.
         max_position_embeddings (`int`, defaults to 2048): longest sequence the model is meant for.
         rope_parameters (`dict`, *optional*): RoPE base and scaling, as in every Transformers 5 model.
-        attention_bias (`bool`, defaults to `False`): biases in the q, k, v and o projections.
+        attention_bias (`bool`, defaults to `False`): biases in the q, k and v projections.
+        attention_output_bias (`bool`, *optional*): bias in the o projection; `attention_bias` when not given (Qwen2
+            has biases in q, k and v only).
         attention_dropout (`float`, defaults to 0.0): dropout on the attention weights, training only.
         use_qk_norm (`bool`, defaults to `False`): RMS-normalise queries and keys before RoPE.
         qk_norm_scope (`str`, defaults to `"head"`): `"head"` normalises each head (Qwen3), `"full"` the whole
@@ -70,7 +72,19 @@ class MoEConfig(PreTrainedConfig):
         shared_expert_gate (`bool`, defaults to `False`): weigh the shared expert by a sigmoid gate (Qwen2-MoE).
         norm_topk_prob (`bool`, defaults to `True`): scale a token's k routing weights to sum to 1.
         routed_scaling_factor (`float`, defaults to 1.0): factor on the routing weights, after normalisation.
-        router_aux_loss_coef (`float`, defaults to 0.01): weight of the load-balancing loss of each sparse layer.
+        scoring_func (`str`, defaults to `"softmax"`): scores of a token's experts: `"softmax"` over all of them, or
+            `"sigmoid"` of each by itself (DeepSeek-V3, arXiv 2412.19437).
+        n_group (`int`, defaults to 1): equal groups of consecutive experts for group-limited routing; 1 for none.
+        topk_group (`int`, defaults to 1): groups, the best ones, among whose experts a token may choose.
+        group_scoring_func (`str`, defaults to `"top2_sum"`): what a group is worth: `"top2_sum"`, the sum of its two
+            best scores (DeepSeek-V3), or `"max"`, the best one (DeepSeek-V2).
+        router_balancing (`str`, defaults to `"aux_loss"`): how the load is balanced: `"aux_loss"` adds the
+            load-balancing loss to the loss; `"loss_free"` adds a bias to the scores for the choice only, the buffer
+            `e_score_correction_bias`, which training moves against the load (arXiv 2408.15664); `"none"` leaves it.
+        router_bias_update_speed (`float`, defaults to 0.001): by how much `"loss_free"` moves each expert's bias at
+            every optimizer step.
+        router_aux_loss_coef (`float`, defaults to 0.01): weight of the load-balancing loss of each sparse layer;
+            counts with `router_balancing="aux_loss"` only.
         router_aux_loss_scope (`str`, defaults to `"global"`): `"global"` counts the load over all data-parallel
             ranks, `"local"` over the tokens of one rank.
         router_z_loss_coef (`float`, defaults to 0.001): weight of the router z-loss of each sparse layer.
@@ -135,6 +149,7 @@ class MoEConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     rope_parameters: RopeParameters | dict | None = None
     attention_bias: bool = False
+    attention_output_bias: bool | None = None
     attention_dropout: float | int = 0.0
     use_qk_norm: bool = False
     qk_norm_scope: str = "head"
@@ -149,6 +164,12 @@ class MoEConfig(PreTrainedConfig):
     shared_expert_gate: bool = False
     norm_topk_prob: bool = True
     routed_scaling_factor: float | int = 1.0
+    scoring_func: str = "softmax"
+    n_group: int = 1
+    topk_group: int = 1
+    group_scoring_func: str = "top2_sum"
+    router_balancing: str = "aux_loss"
+    router_bias_update_speed: float | int = 0.001
     router_aux_loss_coef: float | int = 0.01
     router_aux_loss_scope: str = "global"
     router_z_loss_coef: float | int = 0.001
@@ -168,6 +189,8 @@ class MoEConfig(PreTrainedConfig):
             self.moe_intermediate_size = self.intermediate_size
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if self.attention_output_bias is None:
+            self.attention_output_bias = self.attention_bias
         # What is derived below divides by sizes and counts up to them.
         self._check_ranges()
         self._check_heads()
@@ -262,6 +285,7 @@ class MoEConfig(PreTrainedConfig):
         for name in (
             "router_aux_loss_coef",
             "router_z_loss_coef",
+            "router_bias_update_speed",
             "initializer_range",
             "shared_expert_intermediate_size",
         ):
@@ -283,6 +307,9 @@ class MoEConfig(PreTrainedConfig):
             "hidden_act": ("silu",),
             "qk_norm_scope": ("head", "full"),
             "attention_gate": (None, "headwise", "elementwise"),
+            "scoring_func": ("softmax", "sigmoid"),
+            "group_scoring_func": ("top2_sum", "max"),
+            "router_balancing": ("aux_loss", "loss_free", "none"),
             "router_aux_loss_scope": ("global", "local"),
         }
         for name, allowed in choices.items():
@@ -370,9 +397,28 @@ class MoEConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} must be between 1 and num_experts={self.num_experts}."
             )
+        self._check_groups()
         if self.shared_expert_gate and self.shared_expert_intermediate_size == 0:
             raise ValueError(
                 "shared_expert_gate=True needs a shared expert; set shared_expert_intermediate_size above 0."
+            )
+
+    def _check_groups(self) -> None:
+        num_experts, n_group, topk_group = self.num_experts, self.n_group, self.topk_group
+        if n_group < 1 or num_experts % n_group:
+            raise ValueError(f"n_group={n_group} must be at least 1 and divide num_experts={num_experts}.")
+        if not 1 <= topk_group <= n_group:
+            raise ValueError(f"topk_group={topk_group} must be between 1 and n_group={n_group}.")
+        group_size = num_experts // n_group
+        if n_group > 1 and group_size < 2 and self.group_scoring_func == "top2_sum":
+            raise ValueError(
+                f"group_scoring_func='top2_sum' needs at least 2 experts in each group, but n_group={n_group} leaves "
+                f"{group_size} of num_experts={num_experts}; use fewer groups, or 'max'."
+            )
+        if topk_group * group_size < self.num_experts_per_tok:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than the {topk_group * group_size} experts in "
+                f"the groups that topk_group={topk_group} of n_group={n_group} keeps; raise topk_group."
             )
 
 

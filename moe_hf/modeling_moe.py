@@ -24,7 +24,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_moe import MoEConfig
-from .routing import MoERouter, RouterTap, StatisticsReducer, router_losses
+from .routing import MoERouter, RouterTap, StatisticsReducer, count_layer_assignments, router_losses
 
 
 @use_experts_implementation
@@ -206,7 +206,7 @@ class MoEAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_output_bias)
         if config.use_qk_norm:
             per_head = config.qk_norm_scope == "head"
             self.q_norm = MoERMSNorm(self.head_dim if per_head else q_size, config.rms_norm_eps)
@@ -283,6 +283,7 @@ class MoEModelOutput(MoeModelOutputWithPast):
 class MoECausalLMOutput(MoeCausalLMOutputWithPast):
     """Output of `MoEForCausalLM`; `loss = ce_loss + router_aux_loss_coef * aux_loss + router_z_loss_coef * z_loss`.
 
+    Without `router_balancing="aux_loss"` the loss has no part of `aux_loss`, which then only tells of the balance.
     `aux_loss` and `z_loss` are the sums of the per-layer `layer_aux_losses` and `layer_z_losses`, each `(L,)`.
     """
 
@@ -305,6 +306,7 @@ class MoEPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _can_record_outputs = {
         "router_logits": OutputRecorder(RouterTap, index=0),
         "router_indices": OutputRecorder(RouterTap, index=1),
@@ -326,6 +328,8 @@ class MoEPreTrainedModel(PreTrainedModel):
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, MoERouter):
             init.normal_(module.weight, mean=0.0, std=std)
+            if module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
 
 
 class MoEModel(MoEPreTrainedModel):
@@ -405,6 +409,10 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
     # Sums router statistics over the data-parallel ranks while training; whoever trains in parallel sets it.
     reduce_router_statistics: StatisticsReducer | None = None
 
+    # `(L, E)` int64 with `router_balancing="loss_free"`: assignments of this rank's tokens in training since whoever
+    # moves the biases has last set it to `None`.
+    assignment_counts: torch.Tensor | None = None
+
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config)
         self.model = MoEModel(config)
@@ -431,7 +439,8 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
 
         Args:
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): -100 is ignored. The router losses
-                are part of `loss` whenever their coefficients are not 0.
+                are part of `loss` whenever their coefficients are not 0 (the balancing loss with
+                `router_balancing="aux_loss"` only).
             output_router_logits (`bool`): return `router_logits`, one `(batch_size * sequence_length, num_experts)`
                 tensor for each sparse layer.
             logits_to_keep (`int` or `torch.Tensor`): compute logits for the last n positions only, 0 for all.
@@ -443,6 +452,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         needs_router_losses = labels is not None and self._has_router_losses()
+        counts_assignments = self._counts_assignments()
         outputs: MoEModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -451,7 +461,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits or needs_router_losses,
-            output_router_indices=needs_router_losses,
+            output_router_indices=needs_router_losses or counts_assignments,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -468,6 +478,8 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
         )
+        if counts_assignments:
+            self._add_assignment_counts(outputs, attention_mask)
         if needs_router_losses:
             if num_tokens_in_batch is None and kwargs.get("num_items_in_batch") is not None:
                 num_tokens_in_batch = self._estimate_num_tokens(outputs, labels, kwargs["num_items_in_batch"])
@@ -484,9 +496,31 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         num_items = (labels[:, 1:] != -100).sum()
         return num_tokens * num_items_in_batch / num_items.clamp(min=1e-9)
 
+    @staticmethod
+    def _token_mask(outputs: MoEModelOutput, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Return `(T,)` bool, `False` on padding."""
+        batch_size, sequence_length = outputs.last_hidden_state.shape[:2]
+        if attention_mask is not None and attention_mask.shape == (batch_size, sequence_length):
+            return attention_mask.reshape(-1).bool()
+        return torch.ones(batch_size * sequence_length, dtype=torch.bool, device=outputs.last_hidden_state.device)
+
+    def _counts_assignments(self) -> bool:
+        """Whether this is a forward pass of training that the routers' biases are to be moved by."""
+        moves_biases = self.config.router_balancing == "loss_free" and self.config.num_sparse_layers > 0
+        return moves_biases and self.training and torch.is_grad_enabled()
+
+    @torch.no_grad()
+    def _add_assignment_counts(self, outputs: MoEModelOutput, attention_mask: torch.Tensor | None) -> None:
+        # From what was recorded, not inside the router: recomputation calls that a second time.
+        token_mask = self._token_mask(outputs, attention_mask)
+        counts = count_layer_assignments(outputs.router_indices, self.config.num_experts, token_mask)
+        self.assignment_counts = counts if self.assignment_counts is None else self.assignment_counts + counts
+
     def _has_router_losses(self) -> bool:
         config = self.config
-        return bool(config.num_sparse_layers and (config.router_aux_loss_coef or config.router_z_loss_coef))
+        # Without a balancing loss it still tells how well the biases balance.
+        balances = {"aux_loss": bool(config.router_aux_loss_coef), "loss_free": True, "none": False}
+        return bool(config.num_sparse_layers and (balances[config.router_balancing] or config.router_z_loss_coef))
 
     def _add_router_losses(
         self,
@@ -495,23 +529,21 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None,
         num_tokens_in_batch: torch.Tensor | float | None,
     ) -> None:
-        batch_size, sequence_length = outputs.last_hidden_state.shape[:2]
-        if attention_mask is not None and attention_mask.shape == (batch_size, sequence_length):
-            token_mask = attention_mask.reshape(-1).bool()
-        else:
-            token_mask = torch.ones(batch_size * sequence_length, dtype=torch.bool, device=result.logits.device)
         # Evaluation uses local statistics: ranks with uneven batches must never wait for each other.
         reduces = self.training and self.config.router_aux_loss_scope == "global"
         losses = router_losses(
             outputs.router_logits,
             outputs.router_indices,
-            token_mask,
+            self._token_mask(outputs, attention_mask),
             num_tokens_in_batch=num_tokens_in_batch,
             reduce_statistics=self.reduce_router_statistics if reduces else None,
+            scoring_func=self.config.scoring_func,
         )
         result.aux_loss, result.z_loss = losses.aux.sum(), losses.z.sum()
         result.layer_aux_losses, result.layer_z_losses = losses.aux.detach(), losses.z.detach()
-        weighted = self.config.router_aux_loss_coef * result.aux_loss + self.config.router_z_loss_coef * result.z_loss
+        weighted = self.config.router_z_loss_coef * result.z_loss
+        if self.config.router_balancing == "aux_loss":
+            weighted = self.config.router_aux_loss_coef * result.aux_loss + weighted
         result.loss = result.loss + weighted.to(result.loss.device)
 
 

@@ -30,11 +30,16 @@ class MoERouter(nn.Module):
     """Choose K experts for every token and weigh their outputs.
 
     Scores are a softmax over all experts, taken before the top-k (Shazeer et al. 2017, arXiv 1701.06538, with the
-    order used by Mixtral and Qwen3-MoE). All arithmetic is float32: rounded logits unbalance training.
+    order used by Mixtral and Qwen3-MoE), or a sigmoid of each logit (DeepSeek-V3, arXiv 2412.19437, eq. 15). All
+    arithmetic is float32: rounded logits unbalance training.
+
+    With `router_balancing="loss_free"` there is a buffer `e_score_correction_bias` `(E,)`, added to the scores for the
+    choice only (eq. 16). It stays float32 whatever the module is cast to: at 16 bits its small steps would be lost.
 
     Args:
-        config (`MoEConfig`): reads `hidden_size`, `num_experts`, `num_experts_per_tok`, `norm_topk_prob` and
-            `routed_scaling_factor`.
+        config (`MoEConfig`): reads `hidden_size`, `num_experts`, `num_experts_per_tok`, `norm_topk_prob`,
+            `routed_scaling_factor`, `scoring_func`, `n_group`, `topk_group`, `group_scoring_func` and
+            `router_balancing`.
     """
 
     def __init__(self, config) -> None:
@@ -43,6 +48,12 @@ class MoERouter(nn.Module):
         self.num_experts = config.num_experts
         self.norm_topk_prob = config.norm_topk_prob
         self.routed_scaling_factor = config.routed_scaling_factor
+        self.scoring_func = config.scoring_func
+        self.n_group, self.topk_group = config.n_group, config.topk_group
+        self.group_scoring_func = config.group_scoring_func
+        has_bias = config.router_balancing == "loss_free"
+        bias = torch.zeros(self.num_experts, dtype=torch.float32) if has_bias else None
+        self.register_buffer("e_score_correction_bias", bias)
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
         self.tap = RouterTap()
 
@@ -53,7 +64,8 @@ class MoERouter(nn.Module):
 
         Args:
             hidden_states: `(T, H)`.
-            expert_bias: `(E,)`, added to the scores for the choice only, never to the weights.
+            expert_bias: `(E,)`, added like the router's own bias to the scores for the choice only, never to the
+                weights.
 
         Returns:
             `top_k_weights` `(T, K)` float32, `top_k_index` `(T, K)` int64 and `tokens_per_expert` `(E,)` int32: what
@@ -61,19 +73,57 @@ class MoERouter(nn.Module):
         """
         with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
             router_logits = F.linear(hidden_states.float(), self.weight.float())
-        scores = router_logits.softmax(dim=-1)
-        choice = scores if expert_bias is None else scores + expert_bias
-        top_k_index = choice.topk(self.top_k, dim=-1).indices
+        scores = router_logits.softmax(dim=-1) if self.scoring_func == "softmax" else router_logits.sigmoid()
+        top_k_index = self._choose(scores.detach(), expert_bias)
         # The scores are not recorded but recomputed by the losses: one (T, E) tensor less is kept per layer.
         _, top_k_index = self.tap(router_logits, top_k_index)
         top_k_weights = scores.gather(-1, top_k_index)
         if self.norm_topk_prob:
-            top_k_weights = top_k_weights / top_k_weights.sum(dim=-1, keepdim=True)
+            # Biases can choose experts whose scores all underflow to 0.
+            top_k_weights = top_k_weights / (top_k_weights.sum(dim=-1, keepdim=True) + 1e-20)
         top_k_weights = top_k_weights * self.routed_scaling_factor
         return top_k_weights, top_k_index, count_assignments(top_k_index, self.num_experts).int()
 
+    def _choose(self, scores: torch.Tensor, expert_bias: torch.Tensor | None) -> torch.Tensor:
+        for bias in (self.e_score_correction_bias, expert_bias):
+            scores = scores if bias is None else scores + bias
+        if self.topk_group < self.n_group:
+            scores = keep_best_groups(scores, self.n_group, self.topk_group, self.group_scoring_func)
+        return scores.topk(self.top_k, dim=-1).indices
+
+    def _apply(self, fn, recurse: bool = True):
+        bias = self.e_score_correction_bias
+
+        def keep_bias_in_float32(tensor: torch.Tensor) -> torch.Tensor:
+            applied = fn(tensor)
+            return applied if tensor is not bias or applied.dtype == bias.dtype else bias.to(applied.device)
+
+        return super()._apply(keep_bias_in_float32, recurse)
+
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, top_k={self.top_k}"
+
+
+def keep_best_groups(scores: torch.Tensor, num_groups: int, num_kept: int, group_scoring_func: str) -> torch.Tensor:
+    """Leave each token the experts of its best groups (DeepSeek-V2, arXiv 2405.04434, sec. 2.2.2; V3, 2412.19437).
+
+    Args:
+        scores: `(T, E)`, with the biases that decide the choice; expert e is in group `e // (E / num_groups)`.
+        num_groups: equal groups of consecutive experts.
+        num_kept: groups that a token may choose from.
+        group_scoring_func: what a group is worth: `"top2_sum"` or `"max"` of its scores.
+
+    Returns:
+        `(T, E)`: the scores, minus infinity outside the kept groups. Not 0: a biased score can be negative.
+    """
+    grouped = scores.unflatten(-1, (num_groups, -1))
+    if group_scoring_func == "max":
+        group_scores = grouped.amax(dim=-1)
+    else:
+        group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
+    best = group_scores.topk(num_kept, dim=-1, sorted=False).indices
+    kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(-1, best, True)
+    return grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
 
 
 def count_assignments(
@@ -94,30 +144,43 @@ def count_assignments(
     return counts.scatter_add_(0, top_k_index.reshape(-1), ones.reshape(-1))
 
 
+def count_layer_assignments(
+    router_indices: tuple[torch.Tensor, ...], num_experts: int, token_mask: torch.Tensor
+) -> torch.Tensor:
+    """Count the assignments of every sparse layer: `(L, E)` int64, on the device of `token_mask`."""
+    device = token_mask.device
+    return torch.stack([count_assignments(index.to(device), num_experts, token_mask) for index in router_indices])
+
+
 def load_balancing_loss(
     *,
     router_logits: torch.Tensor,
     tokens_per_expert: torch.Tensor,
     token_mask: torch.Tensor,
     num_tokens: torch.Tensor | float,
+    scoring_func: str = "softmax",
 ) -> torch.Tensor:
     r"""Load-balancing loss of one layer: `E * sum_i f_i * P_i` (Switch Transformers, arXiv 2101.03961, eq. 4-6).
 
     `f_i` is expert i's share of all assignments and `P_i` the mean probability that the router gives it, so that
-    perfect balance costs 1 whatever K is. Only `P_i` carries a gradient.
+    perfect balance costs 1 whatever K is. Only `P_i` carries a gradient. Sigmoid scores become probabilities by
+    dividing each token's by their sum (DeepSeek-V3, arXiv 2412.19437, eq. 17-20).
 
     Args:
         router_logits: `(T, E)` float32, of this rank's tokens.
         tokens_per_expert: `(E,)`, assignments over which the load is counted (one rank's, or all ranks').
         token_mask: `(T,)` bool.
         num_tokens: what the summed probabilities are divided by, in tokens.
+        scoring_func: `"softmax"` or `"sigmoid"`.
 
     Returns:
         Scalar float32.
     """
     num_experts = router_logits.shape[-1]
     load = tokens_per_expert.float() / tokens_per_expert.sum().clamp(min=1)
-    summed_probs = (router_logits.softmax(dim=-1) * token_mask[:, None]).sum(dim=0)
+    # sigmoid(x_i) / sum_j sigmoid(x_j), also where all of them underflow.
+    logits = router_logits if scoring_func == "softmax" else F.logsigmoid(router_logits)
+    summed_probs = (logits.softmax(dim=-1) * token_mask[:, None]).sum(dim=0)
     return num_experts * (load * summed_probs).sum() / num_tokens
 
 
@@ -145,6 +208,7 @@ def router_losses(
     *,
     num_tokens_in_batch: torch.Tensor | float | None = None,
     reduce_statistics: StatisticsReducer | None = None,
+    scoring_func: str = "softmax",
 ) -> RouterLosses:
     """Compute both router losses of every sparse layer, never pooled over layers.
 
@@ -160,11 +224,11 @@ def router_losses(
         token_mask: `(T,)` bool, `False` on padding.
         num_tokens_in_batch: unmasked tokens of the whole batch.
         reduce_statistics: sums over data-parallel ranks. One call for all layers together.
+        scoring_func: of the router, `"softmax"` or `"sigmoid"`.
     """
     device = router_logits[0].device
     token_mask = token_mask.to(device)
-    num_experts = router_logits[0].shape[-1]
-    counts = torch.stack([count_assignments(i.to(device), num_experts, token_mask) for i in router_indices])
+    counts = count_layer_assignments(router_indices, router_logits[0].shape[-1], token_mask)
     num_tokens, num_ranks = token_mask.sum(), 1
     if reduce_statistics is not None:
         rank_and_tokens = torch.stack([torch.ones_like(num_tokens), num_tokens])
@@ -175,7 +239,11 @@ def router_losses(
         num_tokens_in_batch = num_tokens.clamp(min=1) / num_ranks
     aux = [
         load_balancing_loss(
-            router_logits=logits.to(device), tokens_per_expert=c, token_mask=token_mask, num_tokens=num_tokens_in_batch
+            router_logits=logits.to(device),
+            tokens_per_expert=c,
+            token_mask=token_mask,
+            num_tokens=num_tokens_in_batch,
+            scoring_func=scoring_func,
         )
         for logits, c in zip(router_logits, counts, strict=True)
     ]

@@ -41,11 +41,13 @@ def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash.get(_TABLE, [])
     if rows:
         terminalreporter.section("parity with one process: largest relative error")
-        terminalreporter.write_line("| ZeRO | ranks | EP | accumulation | dtype | loss | gradient norm | weights |")
-        terminalreporter.write_line("|---|---|---|---|---|---|---|---|")
+        terminalreporter.write_line(
+            "| ZeRO | ranks | EP | accumulation | dtype | routing | loss | gradient norm | weights |"
+        )
+        terminalreporter.write_line("|---|---|---|---|---|---|---|---|---|")
         for cell, loss, norm, weights in rows:
             ep = "off" if cell.ep is None else cell.ep
             terminalreporter.write_line(
                 f"| {cell.zero} | {cell.ranks} | {ep} | {cell.accumulation} | {cell.dtype} "
-                f"| {loss:.1e} | {norm:.1e} | {weights:.1e} |"
+                f"| {cell.routing} | {loss:.1e} | {norm:.1e} | {weights:.1e} |"
             )

@@ -64,7 +64,7 @@ def deepspeed(
             path.unlink(missing_ok=True)
 
 
-def run_cases(num_ranks: int, cases: list[dict], folder: Path, timeout: int = 900) -> None:
+def run_cases(num_ranks: int, cases: list[dict], folder: Path, timeout: int = 900, worker: Path = WORKER) -> None:
     """Run many command lines of run_clm_moe.py in one launch; each leaves its results in `folder/NAME`.
 
     Raises:
@@ -73,6 +73,6 @@ def run_cases(num_ranks: int, cases: list[dict], folder: Path, timeout: int = 90
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"cases_{num_ranks}.json"
     path.write_text(json.dumps(cases))
-    done = deepspeed(num_ranks, WORKER, path, folder, timeout=timeout)
+    done = deepspeed(num_ranks, worker, path, folder, timeout=timeout)
     printed = f"{done.stdout[-3000:]}{done.stderr[-6000:]}"
     assert done.returncode == 0, f"{num_ranks} ranks ended with {done.returncode}\n{printed}"

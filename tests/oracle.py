@@ -26,6 +26,8 @@ class Recipe:
     max_grad_norm: float
     aux_coef: float
     z_coef: float
+    # What the routers' biases move by at every step; 0 where there are none.
+    bias_update_speed: float = 0.0
 
 
 @dataclass
@@ -68,7 +70,7 @@ def train(model: MoEForCausalLM, recipe: Recipe, dtype: torch.dtype = torch.floa
         optimizer.zero_grad()
         for name, parameter in model.named_parameters():
             parameter.data = masters[name].to(dtype)
-        loss = _loss_of_step(model, micro_batches, recipe, result)
+        loss, assignments = _loss_of_step(model, micro_batches, recipe, result)
         loss.backward()
         gradients = {name: parameter.grad.float() for name, parameter in model.named_parameters()}
         for name, parameter in model.named_parameters():
@@ -80,6 +82,8 @@ def train(model: MoEForCausalLM, recipe: Recipe, dtype: torch.dtype = torch.floa
                 parameter.grad.mul_(recipe.max_grad_norm / norm)
         optimizer.step()
         masters = {name: parameter.data.clone() for name, parameter in model.named_parameters()}
+        for bias, chosen in zip(_biases(model), assignments, strict=True):
+            move_bias(bias, chosen, recipe.bias_update_speed)
         result.losses.append(loss.item())
         result.grad_norms.append(norm.item())
     result.weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -95,11 +99,16 @@ def _collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     }
 
 
-def _loss_of_step(model, micro_batches: list[list[dict]], recipe: Recipe, result: Trajectory) -> torch.Tensor:
+def _loss_of_step(
+    model, micro_batches: list[list[dict]], recipe: Recipe, result: Trajectory
+) -> tuple[torch.Tensor, list[list[int]]]:
+    """Return the loss of the whole batch and, for each router with a bias, the expert of every assignment."""
     every_piece = [piece for pieces in micro_batches for piece in pieces]
     num_items = sum((piece["labels"][:, 1:] != -100).sum().item() for piece in every_piece)
     num_tokens = sum(piece["attention_mask"].sum().item() for piece in every_piece)
     total = torch.zeros(())
+    biases = _biases(model)
+    assignments: list[list[int]] = [[] for _ in biases]
     for pieces in micro_batches:
         router_logits = []
         for piece in pieces:
@@ -115,20 +124,72 @@ def _loss_of_step(model, micro_batches: list[list[dict]], recipe: Recipe, result
             total = total + summed / num_items
             kept = piece["attention_mask"].reshape(-1).bool()
             router_logits.append([logits[kept] for logits in output.router_logits])
-        for of_layer in zip(*router_logits, strict=True):
+        for layer, of_layer in enumerate(zip(*router_logits, strict=True)):
             logits = torch.cat(of_layer)
-            aux, z, largest_load = _router_terms(logits, model.config.num_experts_per_tok)
+            chosen = choose_for_all(logits, biases[layer] if biases else None, model.config)
+            aux, z, largest_load = _router_terms(logits, chosen, model.config.scoring_func)
             total = total + len(logits) / num_tokens * (recipe.aux_coef * aux + recipe.z_coef * z)
             result.largest_loads.append(largest_load)
-    return total
+            if biases:
+                assignments[layer] += [expert for experts in chosen for expert in experts]
+    return total, assignments
 
 
-def _router_terms(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+def _router_terms(
+    logits: torch.Tensor, chosen: list[list[int]], scoring_func: str
+) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Balancing and z-loss of one layer over the tokens of one global micro-batch, expert by expert."""
-    num_tokens, num_experts = logits.shape
-    probs = torch.exp(logits) / torch.exp(logits).sum(dim=1, keepdim=True)
-    chosen = probs.argsort(dim=1, descending=True)[:, :top_k]
-    loads = [(chosen == expert).sum().item() / (num_tokens * top_k) for expert in range(num_experts)]
+    num_experts = logits.shape[1]
+    scores = _scores(logits, scoring_func)
+    probs = scores / scores.sum(dim=1, keepdim=True)
+    assignments = [expert for experts in chosen for expert in experts]
+    loads = [assignments.count(expert) / len(assignments) for expert in range(num_experts)]
     aux = num_experts * sum(load * probs[:, expert].mean() for expert, load in enumerate(loads))
     z = torch.log(torch.exp(logits).sum(dim=1)).pow(2).mean()
     return aux, z, max(loads) * num_experts
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Choosing experts, token by token, and moving biases, expert by expert
+
+
+def _scores(logits: torch.Tensor, scoring_func: str) -> torch.Tensor:
+    if scoring_func == "sigmoid":
+        return 1 / (1 + torch.exp(-logits))
+    return torch.exp(logits) / torch.exp(logits).sum(dim=1, keepdim=True)
+
+
+def choose_for_all(logits: torch.Tensor, bias: torch.Tensor | None, config) -> list[list[int]]:
+    """Return the experts of every token of `logits` `(T, E)`, best first."""
+    scores = _scores(logits.detach(), config.scoring_func).tolist()
+    return [choose_experts(row, [0.0] * len(row) if bias is None else bias.tolist(), config) for row in scores]
+
+
+def choose_experts(scores: list[float], bias: list[float], config) -> list[int]:
+    """Return one token's experts, best first: of its best groups, those with the largest score plus bias."""
+    ranking = [score + b for score, b in zip(scores, bias, strict=True)]
+    size = len(scores) // config.n_group
+    groups = [[group * size + i for i in range(size)] for group in range(config.n_group)]
+
+    def worth(group: list[int]) -> float:
+        best = sorted((ranking[expert] for expert in group), reverse=True)
+        return best[0] if config.group_scoring_func == "max" else sum(best[:2])
+
+    kept = sorted(groups, key=worth, reverse=True)[: config.topk_group]
+    eligible = [expert for group in kept for expert in group]
+    return sorted(eligible, key=lambda expert: ranking[expert], reverse=True)[: config.num_experts_per_tok]
+
+
+def move_bias(bias: torch.Tensor, assignments: list[int], speed: float) -> None:
+    """Raise the bias `(E,)` of every expert with less than the mean load by `speed`, and lower that with more."""
+    mean = len(assignments) / len(bias)
+    for expert in range(len(bias)):
+        load = assignments.count(expert)
+        if load < mean:
+            bias[expert] += speed
+        elif load > mean:
+            bias[expert] -= speed
+
+
+def _biases(model) -> list[torch.Tensor]:
+    return [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]

@@ -10,14 +10,18 @@ from ..errors import ConfigError
 
 
 @contextmanager
-def new_folder(destination: str | os.PathLike) -> Iterator[Path]:
+def new_folder(destination: str | os.PathLike, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty folder that becomes `destination` when the block ends well, and is deleted when it does not.
+
+    Args:
+        destination: its final name.
+        replace: put it in the place of a folder that is there.
 
     Raises:
         ConfigError: `destination` exists and is not an empty folder.
     """
     destination = Path(destination)
-    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+    if not replace and destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise ConfigError(f"--output {destination} is already there; give a new folder.")
     temporary = incomplete_name(destination)
     make_empty(temporary)

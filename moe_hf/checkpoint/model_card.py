@@ -1,11 +1,16 @@
-"""The README of an exported model: what it is, what it was measured at, how to load it."""
+"""The README of an exported model: what it is, what it was trained on and measured at, how to load it."""
 
 from dataclasses import dataclass
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import TrainingArguments
 
 from ..configuration_moe import MoEConfig
 from .export import expected_tensors
+from .topology import Topology
+
+# Stands in the example until the model is on the hub.
+_PLACEHOLDER = "PATH"
 
 
 @dataclass(frozen=True)
@@ -17,10 +22,29 @@ class ParameterCount:
     in_matrices: int
 
 
+@dataclass(frozen=True)
+class TrainingData:
+    """What a model was trained on, in words for a reader who does not see the files.
+
+    Args:
+        training: the training data.
+        evaluation: the evaluation data, or `None` if nothing was evaluated.
+        rows: how text became rows of tokens.
+        dataset: name of the data set on the hub, if it comes from there.
+    """
+
+    training: str
+    evaluation: str | None
+    rows: str
+    dataset: str | None = None
+
+
 def active_parameters(config: MoEConfig) -> ParameterCount:
     """Count the parameters of a model of this configuration; tied embeddings count once in total and active."""
     total = active = in_matrices = 0
     for name, tensor in expected_tensors(config).items():
+        if name.endswith("e_score_correction_bias"):
+            continue  # a buffer: saved with the model, but not learned by gradients
         count = tensor.numel()
         used = count * config.num_experts_per_tok // config.num_experts if ".mlp.experts." in name else count
         total, active = total + count, active + used
@@ -29,14 +53,107 @@ def active_parameters(config: MoEConfig) -> ParameterCount:
     return ParameterCount(total, active, in_matrices)
 
 
-def render_model_card(config: MoEConfig, log_history: list[dict], args: TrainingArguments | None = None) -> str:
+def render_model_card(
+    config: MoEConfig,
+    log_history: list[dict],
+    args: TrainingArguments | None = None,
+    *,
+    data: TrainingData | None = None,
+    topology: Topology | None = None,
+    num_tokens: int | None = None,
+) -> str:
     """Return the card as Markdown with the metadata header of the model hub.
 
     Args:
         config: of the model.
         log_history: of the `TrainerState`: the measured losses.
         args: what it was trained with.
+        data: what it was trained on.
+        topology: how training was laid out over processes.
+        num_tokens: how many tokens training has processed, padding included.
     """
+    sections = [
+        f"---\n{_metadata(log_history, data).to_yaml()}\n---",
+        "# A mixture-of-experts language model\n\nTrained with moe_hf on DeepSpeed.",
+        _table("Architecture", _architecture(config)),
+    ]
+    if data is not None:
+        sections.append(_table("Training data", _data_rows(data, num_tokens)))
+    if measured := _measured(log_history):
+        sections.append(_table("Measured in training", measured))
+    if args is not None:
+        sections.append(f"## Training\n\n{_recipe(args, topology)}")
+    sections.append(
+        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{_PLACEHOLDER}", trust_remote_code=True)\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{_PLACEHOLDER}")\n'
+        'inputs = tokenizer("def main(", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n```\n\n"
+        "The folder carries the code of its own classes; with `import moe_hf` it loads without `trust_remote_code`."
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+def card_for_repository(text: str, repo_id: str, license: str | None = None) -> str:
+    """Return a card as it is to be read at `repo_id` on the hub; its words stay as they are.
+
+    Args:
+        text: of the card, with or without a metadata header.
+        repo_id: put into the example instead of the placeholder, and into the metadata as the model's name.
+        license: put into the metadata; `None` leaves what is there.
+
+    Raises:
+        ValueError: the metadata header is not YAML, or holds no mapping.
+    """
+    try:
+        card = ModelCard(
+            text if text.lstrip().startswith("---") else f"---\n{_metadata([], None).to_yaml()}\n---\n{text}"
+        )
+    except Exception as error:  # of the YAML parser, which is not among our imports
+        raise ValueError(f"its metadata header is damaged ({' '.join(str(error).split())}).") from error
+    if license is not None:
+        card.data.license = license
+    if card.data.eval_results:
+        card.data.model_name = repo_id.split("/")[-1]
+    card.text = card.text.replace(f'from_pretrained("{_PLACEHOLDER}"', f'from_pretrained("{repo_id}"')
+    return card.content
+
+
+def _metadata(log_history: list[dict], data: TrainingData | None) -> ModelCardData:
+    measured = [entry for entry in log_history if "eval_loss" in entry]
+    evaluated = {}
+    if data is not None and data.evaluation is not None and measured:
+        # The hub takes results only together with the name of what they were measured on.
+        common = {
+            "task_type": "text-generation",
+            "dataset_type": data.dataset or "text",
+            "dataset_name": data.evaluation,
+        }
+        results = [
+            EvalResult(**common, metric_type=kind, metric_name=name, metric_value=round(measured[-1][key], 5))
+            for key, kind, name in (
+                ("eval_loss", "loss", "cross-entropy"),
+                ("eval_perplexity", "perplexity", "perplexity"),
+            )
+            if key in measured[-1]
+        ]
+        evaluated = {"model_name": "moe_hf", "eval_results": results}
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["mixture-of-experts", "moe_hf"],
+        datasets=[data.dataset] if data is not None and data.dataset is not None else None,
+        **evaluated,
+    )
+
+
+def _table(title: str, rows: dict[str, str]) -> str:
+    # A bar would end the cell; it may come from the name of a file.
+    lines = [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items()]
+    return "\n".join([f"## {title}\n\n| | |\n|---|---|", *lines])
+
+
+def _architecture(config: MoEConfig) -> dict[str, str]:
     count = active_parameters(config)
     rows = {
         "parameters": f"{count.total:,} in all, {count.active:,} active for one token",
@@ -47,41 +164,58 @@ def render_model_card(config: MoEConfig, log_history: list[dict], args: Training
         "vocabulary": f"{config.vocab_size:,}",
         "longest sequence": f"{config.max_position_embeddings:,} tokens",
     }
-    if config.num_sparse_layers:
-        rows["experts"] = (
-            f"{config.num_experts} of width {config.moe_intermediate_size:,}, {config.num_experts_per_tok} per token"
-        )
-        rows["router losses"] = (
-            f"load balancing {config.router_aux_loss_coef} ({config.router_aux_loss_scope}), "
-            f"z-loss {config.router_z_loss_coef}"
-        )
-    measured = _measured(log_history)
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    results = "\n".join(f"| {name} | {value} |" for name, value in measured.items())
-    sections = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- mixture-of-experts\n- moe_hf\n---",
-        "# A mixture-of-experts language model\n\nTrained with moe_hf on DeepSpeed.",
-        f"## Architecture\n\n| | |\n|---|---|\n{table}",
-    ]
-    if measured:
-        sections.append(f"## Measured in training\n\n| | |\n|---|---|\n{results}")
-    if args is not None:
-        sections.append(
-            "## Training\n\n"
-            f"Learning rate {args.learning_rate}, {args.lr_scheduler_type.value} schedule, "
-            f"weight decay {args.weight_decay}, "
-            f"{args.per_device_train_batch_size} sequences per device × {args.gradient_accumulation_steps} "
-            f"accumulation steps × {args.world_size} processes, seed {args.seed}."
-        )
-    sections.append(
-        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)\n'
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n'
-        'inputs = tokenizer("def main(", return_tensors="pt")\n'
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n```\n\n"
-        "The folder carries the code of its own classes; with `import moe_hf` it loads without `trust_remote_code`."
+    if not config.num_sparse_layers:
+        return rows
+    rows["experts"] = (
+        f"{config.num_experts} of width {config.moe_intermediate_size:,}, {config.num_experts_per_tok} per token"
     )
-    return "\n\n".join(sections) + "\n"
+    if config.shared_expert_intermediate_size:
+        gate = ", weighed by a sigmoid gate" if config.shared_expert_gate else ""
+        rows["shared expert"] = f"width {config.shared_expert_intermediate_size:,}{gate}"
+    return rows | {"router": _router(config), "load balancing": _balancing(config)} | _z_loss(config)
+
+
+def _router(config: MoEConfig) -> str:
+    parts = [f"{config.scoring_func} scores"]
+    if config.n_group > 1:
+        worth = {"top2_sum": "the sum of their two best scores", "max": "their best score"}[config.group_scoring_func]
+        parts.append(f"the best {config.topk_group} of {config.n_group} groups by {worth}")
+    parts.append("weights of a token sum to 1" if config.norm_topk_prob else "weights are the scores")
+    if config.routed_scaling_factor != 1:
+        parts.append(f"times {config.routed_scaling_factor}")
+    return ", ".join(parts)
+
+
+def _balancing(config: MoEConfig) -> str:
+    if config.router_balancing == "loss_free":
+        return f"without a loss: a bias for the choice, moved by {config.router_bias_update_speed} at every step"
+    if config.router_balancing == "none" or not config.router_aux_loss_coef:
+        return "none"
+    return f"loss with weight {config.router_aux_loss_coef} ({config.router_aux_loss_scope})"
+
+
+def _z_loss(config: MoEConfig) -> dict[str, str]:
+    return {"router z-loss": f"weight {config.router_z_loss_coef}"} if config.router_z_loss_coef else {}
+
+
+def _data_rows(data: TrainingData, num_tokens: int | None) -> dict[str, str]:
+    rows = {"training": data.training}
+    if data.evaluation is not None:
+        rows["evaluation"] = data.evaluation
+    rows["rows"] = data.rows
+    if num_tokens:
+        rows["tokens processed"] = f"{num_tokens:,}"
+    return rows
+
+
+def _recipe(args: TrainingArguments, topology: Topology | None) -> str:
+    text = (
+        f"Learning rate {args.learning_rate}, {args.lr_scheduler_type.value} schedule, "
+        f"weight decay {args.weight_decay}, "
+        f"{args.per_device_train_batch_size} sequences per device × {args.gradient_accumulation_steps} "
+        f"accumulation steps × {args.world_size} processes, seed {args.seed}."
+    )
+    return text if topology is None else f"{text} Layout: {topology.describe()}."
 
 
 def _measured(log_history: list[dict]) -> dict[str, str]:

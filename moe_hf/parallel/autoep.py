@@ -85,6 +85,8 @@ def _install_router(layer: AutoEPMoELayer, config: MoEConfig) -> None:
     with torch.device("meta"):
         router = MoERouter(config)
     router.weight = weight
+    # AutoEP has copied the bias to its own router; the layer's `expert_bias`, added besides, is another one.
+    router.e_score_correction_bias = layer.router.e_score_correction_bias
     router.train(layer.training)
     layer.router = router
 

@@ -42,8 +42,8 @@ class FailureRelay:
         threading.Thread(target=self._poll, name="failure-relay", daemon=True).start()
 
     def stop(self) -> None:
-        """Stop watching once all processes have come to their end (a collective call)."""
-        if self._store is not None:
+        """Stop watching once all processes have come to their end (a collective call); the second call does nothing."""
+        if self._store is not None and not self._stopped.is_set():
             # Rank 0 takes the store with it; to a process that still watched this would look like a failure.
             raise_together(None)
             self._stopped.set()

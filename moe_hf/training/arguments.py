@@ -54,6 +54,20 @@ class MoETrainingArguments(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete the checkpoints and the export of an earlier run in output_dir."}
     )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on from this checkpoint-N folder, from the newest whole one of output_dir (true), or from that "
+            "one and anew where there is none (auto)."
+        },
+    )
+    reset_optimizer: bool = field(
+        default=False,
+        metadata={
+            "help": "Take only the weights from --resume_from_checkpoint, as its hf folder holds them (rounded to the "
+            "training dtype): optimizer, schedule and step count start anew, on any number of processes."
+        },
+    )
     max_skipped_steps: int = field(
         default=10, metadata={"help": "Stop after this many steps in a row were skipped for NaN or infinity."}
     )

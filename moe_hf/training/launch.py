@@ -1,24 +1,32 @@
 """Run a program in one of many processes so that all of them end together, with one word on what went wrong."""
 
+import sys
 from collections.abc import Callable
 
 import torch.distributed as dist
 
 from ..errors import UserError
 from ..parallel.failure import FailureRelay
+from ..parallel.processes import rank
 from ..parallel.shared_memory import remove_shared_buffers
+from .preemption import EXIT_CODE, Preempted
 
 
 def run(program: Callable, argv: list[str], description: str | None = None) -> None:
     """Call `program(argv, relay, description)` and end the process if the user has made a mistake.
 
-    A `UserError` is printed once over all processes and ends them all with exit code 2, wherever they are. Any other
-    exception keeps its traceback.
+    A `UserError` is printed once over all processes and ends them all with exit code 2, wherever they are. A run that
+    stops on a signal ends all of them with exit code 75. Any other exception keeps its traceback.
     """
     relay = FailureRelay()
     try:
         program(argv, relay, description)
         relay.stop()
+    except Preempted as stop:
+        if rank() == 0:
+            print(stop, file=sys.stderr, flush=True)
+        relay.stop()
+        sys.exit(EXIT_CODE)
     except UserError as error:
         relay.exit(" ".join(str(error).split()))
     except Exception:

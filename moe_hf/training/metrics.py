@@ -1,17 +1,21 @@
 """What training reports besides the loss: its parts, router losses by layer, and throughput."""
 
 import json
+import math
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.utils import logging
 
 from ..modeling_moe import MoECausalLMOutput
 from ..parallel.processes import world_size
 
 METRICS_NAME = "metrics.jsonl"
+
+logger = logging.get_logger(__name__)
 
 
 class TrainingMetrics:
@@ -72,13 +76,23 @@ class TrainingMetrics:
 
 
 class JsonLinesCallback(TrainerCallback):
-    """Append every log entry to `metrics.jsonl` in the output folder."""
+    """Append every log entry to `metrics.jsonl` in the output folder; what is NaN or infinite is null there."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if state.is_world_process_zero and logs:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            with open(Path(args.output_dir) / METRICS_NAME, "a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            entry = {"step": state.global_step, **logs}
+            finite = {key: None if _is_not_finite(value) else value for key, value in entry.items()}
+            try:
+                Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+                with open(Path(args.output_dir) / METRICS_NAME, "a") as file:
+                    file.write(json.dumps(finite) + "\n")
+            except OSError as error:
+                # No reason to stop: where the disk is full, the next checkpoint will say so.
+                logger.warning_once(f"{METRICS_NAME} cannot be written: {error.strerror}.")
+
+
+def _is_not_finite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 class ConsoleCallback(ProgressCallback):

@@ -1,20 +1,20 @@
 """From a preset, a file or a folder, plus overrides, to one validated `MoEConfig`."""
 
-import copy
 import difflib
 import json
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
-import torch
 import yaml
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 
+from ..checkpoint.architectures.function import make_config
+from ..checkpoint.export import expected_tensors
+from ..checkpoint.source import local_folder, open_model, read_config, read_native_config
 from ..configuration_moe import MoEConfig
-from ..errors import ConfigError
-from ..modeling_moe import MoEForCausalLM
+from ..errors import CheckpointError, ConfigError
 from ..presets import preset_names, read_preset
 from .argument_files import EXTENSIONS, parse_yaml
 from .arguments import ModelArguments
@@ -54,37 +54,43 @@ def build_config(model_args: ModelArguments) -> MoEConfig:
     return make_config(_merge(values, overrides))
 
 
-def make_config(values: dict) -> MoEConfig:
-    """Construct `MoEConfig(**values)`; whatever is wrong becomes a `ConfigError` of one sentence."""
-    try:
-        return MoEConfig(**values)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        # Type errors of the strict base class come over several lines, the last of which says it all.
-        raise ConfigError(str(error).strip().splitlines()[-1].strip().removeprefix("TypeError: ")) from None
+def local_model(path_or_id: str) -> str:
+    """Return the folder that `--model_name_or_path` names; a model of the hub is downloaded first."""
+    with _named_by_the_flag():
+        return str(local_folder(path_or_id))
 
 
 def check_weights(folder: str, config: MoEConfig) -> None:
     """Refuse a folder unless its weights are those of the model: Transformers leaves what it misses at random.
 
     Args:
-        folder: with `*.safetensors` files, of which only names and shapes are read.
+        folder: with a model of any known architecture, of whose weights only names and shapes are read.
         config: of the model that is to be loaded from it.
 
     Raises:
         ConfigError: a file is damaged, or a weight is missing, has another shape or belongs to another model.
     """
-    with torch.device("meta"):
-        wanted = {k: list(v.shape) for k, v in MoEForCausalLM(copy.deepcopy(config)).state_dict().items()}
-    saved = _read_shapes(folder)
-    tied = MoEForCausalLM._tied_weights_keys if config.tie_word_embeddings else {}
+    with _named_by_the_flag():
+        saved = {k: list(v.shape) for k, v in expected_tensors(open_model(folder).config).items()}
+    wanted = {k: list(v.shape) for k, v in expected_tensors(config).items()}
     wrong = [f"{k} has shape {saved[k]} instead of {v}" for k, v in wanted.items() if saved.get(k, v) != v]
-    wrong += [f"{k} is missing" for k in wanted if k not in saved and k not in tied]
+    # A bias that the router did not have begins at zero.
+    wrong += [f"{k} is missing" for k in wanted if k not in saved and not k.endswith("e_score_correction_bias")]
     wrong += [f"{k} is not part of it" for k in saved if k not in wanted]
     if wrong:
         raise ConfigError(
             f"--model_name_or_path {folder} does not fit the model: {wrong[0]}; "
             "leave out the flags that change its configuration."
         )
+
+
+@contextmanager
+def _named_by_the_flag() -> Iterator[None]:
+    """Let what is wrong with a folder, whose sentence begins with its name, begin with the flag."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise ConfigError(f"--model_name_or_path {error}") from None
 
 
 def parse_overrides(text: str) -> dict:
@@ -174,20 +180,9 @@ def _read_config(source: str) -> dict:
 
 
 def _read_folder(source: str) -> dict:
-    folder = Path(source)
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"--model_name_or_path {source} is not a folder with a config.json and weights.")
-    if not list(folder.glob("*.safetensors")):
-        raise ConfigError(f"--model_name_or_path {source} holds no *.safetensors file, so there are no weights in it.")
-    return _read_config(str(folder))
-
-
-def _read_shapes(folder: str) -> dict[str, list[int]]:
-    shapes = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"--model_name_or_path {folder}: {path.name} is damaged ({error}).") from None
-    return shapes
+    with _named_by_the_flag():
+        folder = local_folder(source)
+        if read_native_config(folder)[1] is None:
+            return _read_config(str(folder))
+        config = read_config(folder)
+    return {name: getattr(config, name) for name in MoEConfig.__annotations__}

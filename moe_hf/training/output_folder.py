@@ -1,4 +1,4 @@
-"""What an earlier run has left in the output folder: refused, resumed, or deleted."""
+"""What an earlier run has left in the output folder: refused, or deleted."""
 
 import argparse
 import re
@@ -7,50 +7,43 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from ..checkpoint.topology import Topology, check_resumable, is_whole
-from ..configuration_moe import MoEConfig
+from ..checkpoint.manifest import EXPORT_NAME
 from ..errors import ConfigError
-from ..parallel.processes import raise_together, rank
+from ..parallel.processes import raise_together
 from .metrics import METRICS_NAME
-from .trainer import EXPORT_NAME
 
 _LEFT_BY_A_RUN = re.compile(
-    rf"checkpoint-\d+|{EXPORT_NAME}|{re.escape(METRICS_NAME)}|trainer_state\.json|(train|eval|all)_results\.json"
+    rf"checkpoint-\d+|\.checkpoint-\d+\.(incomplete|replaced)|{EXPORT_NAME}|{re.escape(METRICS_NAME)}"
+    r"|trainer_state\.json|(train|eval|all)_results\.json"
 )
 
 
-def checked_output_folder(namespace: argparse.Namespace, topology: Topology, config: MoEConfig) -> str | None:
-    """Return the checkpoint to resume from, or `None`; refuse to write over what an earlier run has left.
+def check_output_folder(namespace: argparse.Namespace) -> None:
+    """Refuse to write over what an earlier run has left, unless this run goes on from there or is told to.
 
     Args:
         namespace: the parsed command line.
-        topology: layout of this run.
-        config: its model.
 
     Raises:
         ConfigError: the folder holds a checkpoint, an export or weights, or is no folder.
-        CheckpointError: the checkpoint to resume from is torn, or of another layout or model.
     """
     output_dir = Path(namespace.output_dir or "trainer_output")
     if output_dir.exists() and not output_dir.is_dir():
         raise ConfigError(f"--output_dir {output_dir} is a file; give a folder.")
-    resume_from = namespace.resume_from_checkpoint
-    if resume_from is not None:
-        if resume_from.lower() == "true":
-            resume_from = str(_newest_checkpoint(output_dir))
-        check_resumable(Path(resume_from), topology, config)
-        return resume_from
     for flag in ("model_name_or_path", "tokenizer_name"):
         source = getattr(namespace, flag)
         if namespace.overwrite_output_dir and source and Path(source).resolve().is_relative_to(output_dir.resolve()):
             raise ConfigError(f"--overwrite_output_dir would delete --{flag} {source}; give another --output_dir.")
+    if not namespace.do_train or namespace.overwrite_output_dir or namespace.resume_from_checkpoint is not None:
+        return
     held = [*_left_by_earlier_run(output_dir), *sorted(output_dir.glob("*.safetensors"))]
-    if namespace.do_train and not namespace.overwrite_output_dir and held:
+    # Hidden ones are what a killed run has not finished writing; they are removed in any case.
+    held = [path for path in held if not path.name.startswith(".")]
+    if held:
         raise ConfigError(
             f"--output_dir {output_dir} already holds {held[0].name}; give another folder, continue with "
-            "--resume_from_checkpoint, or say --overwrite_output_dir to delete what an earlier run has left."
+            "--resume_from_checkpoint auto, or say --overwrite_output_dir to delete what an earlier run has left."
         )
-    return None
 
 
 class RemoveEarlierRun(TrainerCallback):
@@ -64,18 +57,6 @@ class RemoveEarlierRun(TrainerCallback):
             for path in _left_by_earlier_run(Path(args.output_dir)):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise_together(None)
-
-
-def _newest_checkpoint(output_dir: Path) -> Path:
-    """Return the newest whole checkpoint, or the newest of all, whose fault is then told."""
-    numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    checkpoints = sorted(numbered, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
-    if not checkpoints:
-        raise ConfigError(f"--resume_from_checkpoint: there is no checkpoint-N in {output_dir}.")
-    chosen = next((path for path in checkpoints if is_whole(path)), checkpoints[0])
-    if chosen != checkpoints[0] and rank() == 0:
-        print(f"{checkpoints[0].name} is not whole; resuming from {chosen.name}.", flush=True)
-    return chosen
 
 
 def _left_by_earlier_run(output_dir: Path) -> list[Path]:

@@ -6,15 +6,18 @@ of one process has to be carried to the others.
 
 import argparse
 import os
+from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
+from ..checkpoint.manifest import EXPORT_NAME
 from ..checkpoint.topology import Topology
 from ..configuration_moe import MoEConfig
 from ..errors import ConfigError, DataError, UserError
 from ..modeling_moe import MoEForCausalLM
+from ..parallel.build_locks import remove_stale_build_locks
 from ..parallel.deepspeed_checks import check_deepspeed_config
 from ..parallel.deepspeed_config import (
     autoep_enabled,
@@ -29,13 +32,17 @@ from ..parallel.failure import FailureRelay
 from ..parallel.processes import raise_together, world_size
 from ..parallel.versions import require_supported
 from .arguments import ModelArguments, MoETrainingArguments, construct, parse_arguments
+from .card_data import describe_data
 from .collator import CausalLMCollator
+from .converted_weights import loadable_folder
 from .corpus import load_or_train_tokenizer
 from .data import build_datasets, resolve_block_size
 from .data_arguments import DataArguments
 from .data_files import check_data_arguments
-from .model_config import build_config, check_weights
-from .output_folder import RemoveEarlierRun, checked_output_folder
+from .hub_push import check_hub_arguments
+from .model_config import build_config, check_weights, local_model
+from .output_folder import RemoveEarlierRun, check_output_folder
+from .resuming import ResumeChoice
 from .trainer import MoETrainer
 
 logger = logging.get_logger(__name__)
@@ -47,7 +54,13 @@ def train_and_export(argv: list[str], relay: FailureRelay, description: str | No
     Raises:
         UserError: anything that the user can correct.
     """
-    return execute(build_trainer(argv, relay, description))
+    trainer = build_trainer(argv, relay, description)
+    metrics = execute(trainer)
+    if trainer.args.push_to_hub:
+        # An upload may take longer than processes wait for each other: the others may go.
+        relay.stop()
+        trainer.push_to_hub()
+    return metrics
 
 
 def build_trainer(argv: list[str], relay: FailureRelay, description: str | None = None) -> MoETrainer:
@@ -62,18 +75,24 @@ def build_trainer(argv: list[str], relay: FailureRelay, description: str | None 
     model_args = construct(ModelArguments, namespace)
     data_args = construct(DataArguments, namespace)
     _check_flags(namespace)
+    if model_args.model_name_or_path is not None:
+        model_args.model_name_or_path = local_model(model_args.model_name_or_path)
     config = build_config(model_args)
     if model_args.model_name_or_path is not None:
         check_weights(model_args.model_name_or_path, config)
     deepspeed_json = _checked_deepspeed_json(namespace, config)
     topology = _topology(namespace, deepspeed_json)
     check_data_arguments(data_args)
-    resume_from = checked_output_folder(namespace, topology, config)
+    check_output_folder(namespace)
+    choice = ResumeChoice(namespace, topology, config)
 
-    replaced = {"deepspeed": deepspeed_json, "resume_from_checkpoint": resume_from}
+    replaced = {"deepspeed": deepspeed_json}
     if data_args.streaming and namespace.accelerator_config is None:
         # Otherwise one process reads for all and cuts its batches up, which rows of unequal length do not allow.
         replaced["accelerator_config"] = {"dispatch_batches": False}
+    if deepspeed_json is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+        # Nobody compiles before the process group exists, which waits for this process.
+        remove_stale_build_locks()
     try:
         args = construct(MoETrainingArguments, namespace, **replaced)
     finally:
@@ -85,14 +104,25 @@ def build_trainer(argv: list[str], relay: FailureRelay, description: str | None 
         join_process_group()
     set_seed(args.seed)
 
+    checkpoint = choice.verified()
+    weights = model_args.model_name_or_path
+    if checkpoint is not None and args.reset_optimizer:
+        weights = checkpoint / EXPORT_NAME
+    args.resume_from_checkpoint = None if checkpoint is None or args.reset_optimizer else str(checkpoint)
+
     tokenizer = _load_tokenizer(args, model_args, data_args, config)
-    train_dataset, eval_dataset = _load_data(args, data_args, tokenizer, config)
-    model = _build_model(model_args, config, tokenizer)
+    block_size = resolve_block_size(data_args, tokenizer, config.max_position_embeddings)
+    train_dataset, eval_dataset = _load_data(args, data_args, tokenizer, config, block_size)
+    if weights is not None:
+        with args.main_process_first(desc="weights"):
+            weights = loadable_folder(weights, data_args.cache_dir)
+    model = _build_model(model_args, weights, config, tokenizer)
     # Nothing is written or deleted before all ranks have found everything well.
     raise_together(None)
     try:
         trainer = MoETrainer(
             topology=topology,
+            data=describe_data(data_args, block_size, do_eval=args.do_eval) if args.do_train else None,
             model=model,
             args=args,
             train_dataset=train_dataset,
@@ -104,7 +134,7 @@ def build_trainer(argv: list[str], relay: FailureRelay, description: str | None 
         raise
     except (ValueError, ImportError, RuntimeError) as error:
         raise ConfigError(str(error)) from error
-    if args.overwrite_output_dir and resume_from is None:
+    if args.overwrite_output_dir and checkpoint is None:
         trainer.add_callback(RemoveEarlierRun)
     return trainer
 
@@ -173,8 +203,7 @@ def _check_flags(namespace: argparse.Namespace) -> None:
     """Refuse what `TrainingArguments` offers but this trainer does not do."""
     if not (namespace.do_train or namespace.do_eval):
         raise ConfigError("Nothing to do: give --do_train, --do_eval or both.")
-    if namespace.push_to_hub:
-        raise ConfigError("--push_to_hub is not supported in training; run: hf upload ORG/NAME OUTPUT_DIR/hf.")
+    check_hub_arguments(namespace)
     if namespace.label_smoothing_factor:
         raise ConfigError(
             f"label_smoothing_factor={namespace.label_smoothing_factor} is not supported: the loss is the model's own; "
@@ -182,6 +211,13 @@ def _check_flags(namespace: argparse.Namespace) -> None:
         )
     if namespace.fsdp:
         raise ConfigError("--fsdp is not supported; ZeRO 3 does the same: --deepspeed ds_configs/zero3.json.")
+    if namespace.save_on_each_node:
+        raise ConfigError(
+            "--save_on_each_node is not supported: all processes write into one checkpoint, so --output_dir must be on "
+            "a disk that all machines share."
+        )
+    if namespace.enable_jit_checkpoint:
+        raise ConfigError("--enable_jit_checkpoint is not needed: SIGTERM and SIGUSR1 always save a checkpoint here.")
     for name in (
         "max_skipped_steps",
         "per_device_train_batch_size",
@@ -220,8 +256,7 @@ def _load_tokenizer(
     return tokenizer
 
 
-def _load_data(args: MoETrainingArguments, data_args: DataArguments, tokenizer, config: MoEConfig):
-    block_size = resolve_block_size(data_args, tokenizer, config.max_position_embeddings)
+def _load_data(args: MoETrainingArguments, data_args: DataArguments, tokenizer, config: MoEConfig, block_size: int):
     return build_datasets(
         data_args,
         tokenizer,
@@ -234,7 +269,9 @@ def _load_data(args: MoETrainingArguments, data_args: DataArguments, tokenizer, 
     )
 
 
-def _build_model(model_args: ModelArguments, config: MoEConfig, tokenizer: PreTrainedTokenizerBase) -> MoEForCausalLM:
+def _build_model(
+    model_args: ModelArguments, weights: str | Path | None, config: MoEConfig, tokenizer: PreTrainedTokenizerBase
+) -> MoEForCausalLM:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     implementations = {
@@ -243,10 +280,10 @@ def _build_model(model_args: ModelArguments, config: MoEConfig, tokenizer: PreTr
     }
     implementations = {name: value for name, value in implementations.items() if value is not None}
     try:
-        if model_args.model_name_or_path is None:
+        if weights is None:
             return MoEForCausalLM._from_config(config, dtype=torch.float32, **implementations)
         return MoEForCausalLM.from_pretrained(
-            model_args.model_name_or_path, config=config, dtype=torch.float32, **implementations
+            weights, config=config, dtype=torch.float32, use_safetensors=True, **implementations
         )
     except (ValueError, ImportError, OSError) as error:
         raise ConfigError(f"The model cannot be built: {' '.join(str(error).split())}") from error

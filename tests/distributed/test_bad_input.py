@@ -16,7 +16,8 @@ from fork_server import Ended, Patch, Run, run_all
 from small import deepspeed_json, save_small_model, save_tokenizer
 
 from moe_hf import MoEConfig
-from moe_hf.checkpoint.topology import Topology, write_topology
+from moe_hf.checkpoint.manifest import Progress, write_manifest
+from moe_hf.checkpoint.topology import Topology
 
 MOST_SECONDS = 30.0
 
@@ -44,6 +45,7 @@ FLAGS = {
     "output_dir": "out",
     "do_train": True,
 }
+RESET_ALONE = {"resume_from_checkpoint": None, "reset_optimizer": True}
 FROM_FOLDER = {"config_name": None, "model_name_or_path": "../common/model"}
 
 
@@ -75,7 +77,7 @@ def saved(changes: dict | None = None, model: dict | None = None, spoil: Callabl
         state.parent.mkdir(parents=True)
         state.write_bytes(bytes(1000))
         layout = {"world_size": 2, "expert_parallel_size": 2, "zero_stage": 2, "dtype": "float32"} | (changes or {})
-        write_topology(folder, Topology(**layout), MoEConfig(**MODEL | (model or {})))
+        write_manifest(folder, Topology(**layout), MoEConfig(**MODEL | (model or {})), Progress(step=3))
         if spoil:
             spoil(folder, state)
 
@@ -98,6 +100,8 @@ def resuming(name: str, says: str, checkpoint: Callable | None, flags: dict | No
     flags = {"resume_from_checkpoint": "out/checkpoint-3"} | (flags or {})
     return Case(name, flags, says, checkpoint=checkpoint, patches=patches)
 
+
+TORN = saved(spoil=lambda folder, state: state.unlink())
 
 COMMAND_LINE = [
     Case(
@@ -124,7 +128,9 @@ COMMAND_LINE = [
     Case("not_a_number", {"learning_rate": "fast"}, "--learning-rate: invalid float value: 'fast'"),
     Case("not_a_choice", {"save_strategy": "sometimes"}, "invalid choice: 'sometimes' (choose from 'no', 'steps'"),
     Case("nothing_to_do", {"do_train": None}, "Nothing to do: give --do_train, --do_eval or both."),
-    Case("push_to_hub", {"push_to_hub": True}, "--push_to_hub is not supported in training; run: hf upload"),
+    Case("save_on_each_node", {"save_on_each_node": True}, "--output_dir must be on a disk that all machines share"),
+    Case("jit_checkpoint", {"enable_jit_checkpoint": True}, "--enable_jit_checkpoint is not needed: SIGTERM and"),
+    Case("push_to_hub", {"push_to_hub": True}, "--push_to_hub does not say where to; add --hub_model_id"),
     Case(
         "reentrant_checkpointing",
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": '{"use_reentrant": true}'},
@@ -212,7 +218,7 @@ MODELS = [
     Case(
         "folder_with_torn_weights",
         FROM_FOLDER | {"model_name_or_path": "mine"},
-        "--model_name_or_path mine: model.safetensors is damaged",
+        "model.safetensors is damaged",
         files={"mine/config.json": {"model_type": "moe_hf"} | MODEL, "mine/model.safetensors": "torn"},
     ),
     Case(
@@ -365,19 +371,19 @@ CHECKPOINTS = [
     resuming("checkpoint_not_found", "There is no checkpoint at out/checkpoint-3", None),
     resuming(
         "no_last_checkpoint",
-        "--resume_from_checkpoint: there is no checkpoint-N in out",
+        "--resume_from_checkpoint true: there is no checkpoint-N in out to go on from; auto starts anew",
         None,
         {"resume_from_checkpoint": True},
     ),
     resuming(
         "checkpoint_without_record",
-        "out/checkpoint-3 has no topology.json",
-        saved(spoil=lambda folder, state: (folder / "topology.json").unlink()),
+        "out/checkpoint-3 has no manifest.json, so it is not a whole checkpoint of run_clm_moe.py; there is no other",
+        saved(spoil=lambda folder, state: (folder / "manifest.json").unlink()),
     ),
     resuming(
         "damaged_record",
-        "out/checkpoint-3/topology.json is damaged",
-        saved(spoil=lambda folder, state: (folder / "topology.json").write_text('{"topology": {')),
+        "out/checkpoint-3 is torn: manifest.json is damaged; there is no other whole checkpoint beside it",
+        saved(spoil=lambda folder, state: (folder / "manifest.json").write_text('{"topology": {')),
     ),
     resuming(
         "torn_checkpoint",
@@ -386,12 +392,23 @@ CHECKPOINTS = [
     ),
     resuming(
         "incomplete_checkpoint",
-        "out/checkpoint-3 is torn: global_step3/zero_states.pt is missing",
-        saved(spoil=lambda folder, state: state.unlink()),
+        "out/checkpoint-3 is torn: global_step3/zero_states.pt is missing; there is no other",
+        TORN,
     ),
-    resuming("other_ep_size", "the expert-parallel size must stay 1", saved({"expert_parallel_size": 1})),
-    resuming("other_world_size", "the number of processes must stay 4", saved({"world_size": 4})),
-    resuming("other_stage", "the ZeRO stage must stay 3", saved({"zero_stage": 3})),
+    # Sizes are compared by every process for itself, contents by all together.
+    resuming(
+        "flipped_checkpoint",
+        "out/checkpoint-3 is torn: global_step3/zero_states.pt is not what was saved, its SHA-256 differs; there is no",
+        saved(spoil=lambda folder, state: state.write_bytes(b"\1" + bytes(999))),
+    ),
+    resuming("reset_without_checkpoint", "--reset_optimizer needs --resume_from_checkpoint", None, RESET_ALONE),
+    resuming(
+        "reset_without_weights",
+        "out/checkpoint-3 has no hf folder, whose weights --reset_optimizer takes",
+        saved(),
+        {"reset_optimizer": True},
+    ),
+    resuming("without_deepspeed", "DeepSpeed must stay off", saved({"zero_stage": -1, "expert_parallel_size": 0})),
     resuming("other_dtype", "the training dtype must stay bfloat16", saved({"dtype": "bfloat16"})),
     resuming("other_model", "holds another model: num_experts=8 there but 4 here", saved(model={"num_experts": 8})),
 ]
@@ -418,6 +435,15 @@ SOUND = [
     Case("sound", {}, "training begins", patches=BEGINS),
     Case("sound_folder", FROM_FOLDER, "training begins", patches=BEGINS),
     resuming("sound_checkpoint", "training begins", saved(), patches=BEGINS),
+    # Nothing but what a killed run has left: no checkpoint, and it is not in the way.
+    Case(
+        "sound_rubbish",
+        {"resume_from_checkpoint": "auto"},
+        "training begins",
+        files={"out/metrics.jsonl": "", "out/.checkpoint-1.incomplete/checkpoint-1/latest": "global_step1"},
+        patches=BEGINS,
+    ),
+    resuming("sound_torn_checkpoint", "training begins", TORN, {"resume_from_checkpoint": "auto"}, patches=BEGINS),
 ]
 OVERWRITING = Case(
     "sound_overwriting", {"overwrite_output_dir": True}, "training begins", checkpoint=saved(), patches=BEGINS

@@ -7,6 +7,7 @@ the live model's logits on a probe and an independent assembly of its weights to
 import gc
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -56,15 +57,30 @@ def record(trainer, metrics: dict, error: str | None, folder: Path) -> None:
 
 
 def assemble_weights(model) -> dict[str, torch.Tensor] | None:
-    """Put the scattered weights together by pickling everything to everyone: slow, and not the export's way."""
-    local = {}
+    """Return all weights and buffers on rank 0, by their Hugging Face names."""
+
+    def read(parameter: torch.nn.Parameter) -> torch.Tensor:
+        with zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
+    return assemble(model, read)
+
+
+def assemble(model, read: Callable[[torch.nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """Put what `read` returns together by pickling everything to everyone: slow, and not the export's way."""
+    local, buffers = {}, []
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            with zero.GatheredParameters([parameter]):
-                local[f"{module_name}.{name}"] = parameter.detach().clone()
+            local[f"{module_name}.{name}"] = read(parameter)
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                local[f"{module_name}.{name}"] = buffer.clone()
+                buffers.append(f"{module_name}.{name}")
     ep_ranks = {name: module.ep_rank for name, module in model.named_modules() if hasattr(module, "ep_rank")}
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (ep_ranks, local))
+    for name in buffers:
+        assert all(torch.equal(tensors[name], local[name]) for _, tensors in everyone), f"{name} differs over ranks"
     if dist.get_rank() != 0:
         return None
     whole = {}

@@ -55,6 +55,17 @@ BAD_SETTINGS = [
     ({"router_aux_loss_coef": -0.01}, "router_aux_loss_coef=-0.01"),
     ({"router_aux_loss_scope": "node"}, "router_aux_loss_scope='node'", "'local'"),
     ({"router_z_loss_coef": INF}, "router_z_loss_coef=inf"),
+    ({"scoring_func": "relu"}, "scoring_func='relu'", "'sigmoid'"),
+    ({"router_balancing": "bias"}, "router_balancing='bias'", "'loss_free'"),
+    ({"router_bias_update_speed": -0.1}, "router_bias_update_speed=-0.1"),
+    ({"router_bias_update_speed": NAN}, "router_bias_update_speed=nan"),
+    ({"n_group": 0}, "n_group=0", "num_experts=4"),
+    ({"n_group": 3}, "n_group=3", "num_experts=4"),
+    ({"topk_group": 0}, "topk_group=0", "n_group=1"),
+    ({"n_group": 2, "topk_group": 3}, "topk_group=3", "n_group=2"),
+    ({"n_group": 2, "group_scoring_func": "mean"}, "group_scoring_func='mean'", "'top2_sum'"),
+    ({"n_group": 4, "topk_group": 2}, "top2_sum", "n_group=4", "num_experts=4"),
+    ({"n_group": 2, "num_experts_per_tok": 3}, "num_experts_per_tok=3", "the 2 experts", "topk_group=1", "n_group=2"),
     ({"initializer_range": -0.02}, "initializer_range=-0.02"),
     ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0"),
     ({"rope_parameters": {"rope_type": "spiral"}}, "rope_type='spiral'", "yarn"),
@@ -158,6 +169,44 @@ def test_fields_left_out_are_derived():
     assert config.num_sparse_layers == config.num_hidden_layers == 16
 
 
+@pytest.mark.parametrize("attention_bias", [True, False])
+@pytest.mark.parametrize("output_bias", [True, False, None])
+def test_the_output_projection_has_its_own_bias(attention_bias, output_bias, tmp_path):
+    config = tiny_config(attention_bias=attention_bias, attention_output_bias=output_bias)
+    expected = attention_bias if output_bias is None else output_bias
+    assert config.attention_output_bias is expected
+    config.save_pretrained(tmp_path)
+    assert MoEConfig.from_pretrained(tmp_path).attention_output_bias is expected
+    attention = MoEForCausalLM(config).model.layers[0].self_attn
+    assert (attention.o_proj.bias is not None) == expected
+    assert [p.bias is not None for p in (attention.q_proj, attention.k_proj, attention.v_proj)] == [attention_bias] * 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_group": 2, "topk_group": 2},
+        {"n_group": 2, "topk_group": 1},
+        {"n_group": 4, "topk_group": 2, "group_scoring_func": "max"},
+        # One group is no group, and an expert alone is enough for it.
+        {"num_experts": 1, "num_experts_per_tok": 1},
+    ],
+    ids=str,
+)
+def test_groups_that_hold_enough_experts_are_accepted(changes):
+    assert tiny_config(**changes).topk_group == changes.get("topk_group", 1)
+
+
+def test_a_config_written_before_there_were_groups_means_what_it_meant():
+    config = tiny_config()
+    assert (config.scoring_func, config.n_group, config.topk_group, config.router_balancing) == (
+        "softmax",
+        1,
+        1,
+        "aux_loss",
+    )
+
+
 def test_head_dim_need_not_divide_the_hidden_size():
     assert tiny_config(hidden_size=30, head_dim=6).head_dim == 6
 
@@ -204,6 +253,8 @@ ROUND_TRIPS = [
     {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
     {"rope_theta": 500.0, "partial_rotary_factor": 0.5},
     {"use_qk_norm": True, "qk_norm_scope": "full"},
+    {"scoring_func": "sigmoid", "n_group": 2, "router_balancing": "loss_free", "router_bias_update_speed": 0},
+    {"attention_bias": True, "attention_output_bias": False},
     {"attention_gate": "headwise", "shared_expert_intermediate_size": 16, "shared_expert_gate": True},
     {"eos_token_id": [1, 2], "pad_token_id": 0, "tie_word_embeddings": True, "dtype": "bfloat16"},
 ]

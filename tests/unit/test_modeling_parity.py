@@ -1,4 +1,7 @@
-"""`MoEForCausalLM` computes what Transformers' Mixtral, Qwen3-MoE and OLMoE compute, forwards and backwards."""
+"""`MoEForCausalLM` computes what models of Transformers compute, forwards and backwards.
+
+They are Mixtral, Qwen3-MoE and OLMoE, and with sigmoid scores GLM-4-MoE and dots.llm1.
+"""
 
 import functools
 
@@ -6,6 +9,10 @@ import pytest
 import torch
 from helpers_model import TINY, assert_close, gradients, randomize_vectors, tiny_config
 from transformers import (
+    Dots1Config,
+    Dots1ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -22,6 +29,8 @@ ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
 
 SHARED = {key: value for key, value in TINY.items() if key not in ("num_experts", "moe_intermediate_size")}
 SHARED |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+
+SIGMOID = {"scoring_func": "sigmoid", "router_balancing": "loss_free"}
 
 # For every reference: its class and configuration, and the `MoEConfig` changes that mean the same.
 REFERENCES = {
@@ -69,6 +78,62 @@ REFERENCES = {
             "qk_norm_scope": "full",
         },
     ),
+    "glm4_moe": (
+        Glm4MoeForCausalLM,
+        Glm4MoeConfig(
+            **{**SHARED, "num_hidden_layers": 3, "num_experts_per_tok": 3},
+            head_dim=8,
+            moe_intermediate_size=24,
+            n_routed_experts=8,
+            n_shared_experts=2,
+            n_group=4,
+            topk_group=2,
+            first_k_dense_replace=1,
+            norm_topk_prob=True,
+            routed_scaling_factor=2.5,
+            attention_bias=True,
+            use_qk_norm=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            rms_norm_eps=1e-5,
+        ),
+        SIGMOID
+        | {
+            "num_hidden_layers": 3,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "shared_expert_intermediate_size": 48,
+            "routed_scaling_factor": 2.5,
+            "attention_bias": True,
+            "attention_output_bias": False,
+            "use_qk_norm": True,
+            "partial_rotary_factor": 0.5,
+            "rms_norm_eps": 1e-5,
+        },
+    ),
+    "dots1": (
+        Dots1ForCausalLM,
+        Dots1Config(
+            **SHARED,
+            head_dim=8,
+            moe_intermediate_size=24,
+            n_routed_experts=6,
+            n_shared_experts=1,
+            norm_topk_prob=False,
+            attention_bias=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        ),
+        SIGMOID
+        | {
+            "num_experts": 6,
+            "norm_topk_prob": False,
+            "shared_expert_intermediate_size": 24,
+            "attention_bias": True,
+            "use_qk_norm": True,
+        },
+    ),
 }
 
 # Ours to theirs; `{i}` is the layer.
@@ -96,6 +161,10 @@ DENSE_NAMES = {
     "model.layers.{i}.mlp.up_proj.weight": "model.layers.{i}.mlp.up_proj.weight",
     "model.layers.{i}.mlp.down_proj.weight": "model.layers.{i}.mlp.down_proj.weight",
 }
+SHARED_EXPERT_NAMES = {
+    f"model.layers.{{i}}.mlp.shared_experts.{x}_proj.weight": f"model.layers.{{i}}.mlp.shared_experts.{x}_proj.weight"
+    for x in ("gate", "up", "down")
+}
 OUTER_NAMES = {
     "model.embed_tokens.weight": "model.embed_tokens.weight",
     "model.norm.weight": "model.norm.weight",
@@ -108,8 +177,12 @@ def name_map(config) -> dict[str, str]:
     for i in range(config.num_hidden_layers):
         layer = {**ATTENTION_NAMES, **NORM_NAMES}
         layer |= ATTENTION_BIAS_NAMES if config.attention_bias else {}
+        if not config.attention_output_bias:
+            layer.pop("model.layers.{i}.self_attn.o_proj.bias", None)
         layer |= QK_NORM_NAMES if config.use_qk_norm else {}
-        layer |= SPARSE_NAMES if config.mlp_layer_types[i] == "sparse" else DENSE_NAMES
+        sparse = config.mlp_layer_types[i] == "sparse"
+        layer |= SPARSE_NAMES if sparse else DENSE_NAMES
+        layer |= SHARED_EXPERT_NAMES if sparse and config.shared_expert_intermediate_size else {}
         names |= {ours.format(i=i): theirs.format(i=i) for ours, theirs in layer.items()}
     return names
 
@@ -121,6 +194,13 @@ def copy_weights(ours: torch.nn.Module, theirs: torch.nn.Module, names: dict[str
         for our_name, their_name in names.items():
             assert ours.get_parameter(our_name).shape == theirs.get_parameter(their_name).shape
             ours.get_parameter(our_name).copy_(theirs.get_parameter(their_name))
+    ours.load_state_dict(biases_of(theirs), strict=False)
+    assert biases_of(ours).keys() == biases_of(theirs).keys()
+
+
+def biases_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the routers' correction biases, which have the same names everywhere."""
+    return {name: value for name, value in model.state_dict().items() if name.endswith("e_score_correction_bias")}
 
 
 def run(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -145,6 +225,8 @@ def reference(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     theirs = model_class(config)
     randomize_vectors(theirs)
+    for bias in biases_of(theirs).values():
+        bias.copy_(0.3 * torch.randn(bias.shape) - 0.3)
     theirs.set_attn_implementation("eager")
     theirs.set_experts_implementation("eager")
     theirs.train()

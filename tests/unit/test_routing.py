@@ -18,13 +18,31 @@ from moe_hf.routing import (
 HIDDEN_SIZE = 12
 
 
-def make_router(num_experts: int = 5, top_k: int = 2, normalize: bool = True, scale: float = 1.0) -> MoERouter:
-    config = SimpleNamespace(
-        hidden_size=HIDDEN_SIZE,
+def router_config(**changes) -> SimpleNamespace:
+    values = {
+        "hidden_size": HIDDEN_SIZE,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "scoring_func": "softmax",
+        "n_group": 1,
+        "topk_group": 1,
+        "group_scoring_func": "top2_sum",
+        "router_balancing": "aux_loss",
+    }
+    return SimpleNamespace(**(values | changes))
+
+
+def make_router(
+    num_experts: int = 5, top_k: int = 2, normalize: bool = True, scale: float = 1.0, **changes
+) -> MoERouter:
+    config = router_config(
         num_experts=num_experts,
         num_experts_per_tok=top_k,
         norm_topk_prob=normalize,
         routed_scaling_factor=scale,
+        **changes,
     )
     router = MoERouter(config)
     with torch.no_grad():

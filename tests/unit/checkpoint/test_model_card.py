@@ -1,11 +1,15 @@
 """The numbers on a model card, counted by hand."""
 
+from dataclasses import replace
+
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from transformers import TrainingArguments
 
 from moe_hf import MoEConfig, MoEForCausalLM
-from moe_hf.checkpoint.model_card import active_parameters, render_model_card
+from moe_hf.checkpoint.model_card import TrainingData, active_parameters, card_for_repository, render_model_card
+from moe_hf.checkpoint.topology import Topology
 
 # Two heads of 8 over one key-value head; layer 0 dense, layers 1 and 2 sparse with 5 experts of which a token sees 2.
 SIZES = {
@@ -54,7 +58,9 @@ def test_every_parameter_of_a_dense_model_is_active():
     assert count.total == count.active == 2 * EMBEDDING + 3 * (ATTENTION + DENSE) + NORMS
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}, {"router_balancing": "loss_free"}]
+)
 def test_total_is_that_of_the_model(changes):
     config = MoEConfig(**SIZES | changes)
     assert active_parameters(config).total == sum(p.numel() for p in MoEForCausalLM(config).parameters())
@@ -100,9 +106,68 @@ def test_architecture_appears():
     assert rows["layers"] == "3, of which 2 are mixtures of experts"
     assert rows["experts"] == "5 of width 12, 2 per token"
     assert rows["attention"] == "2 heads, 1 key-value heads, head size 8"
-    assert rows["router losses"] == "load balancing 0.01 (global), z-loss 0.001"
+    assert rows["shared expert"] == "width 6, weighed by a sigmoid gate"
+    assert rows["router"] == "softmax scores, weights of a token sum to 1"
+    assert rows["load balancing"] == "loss with weight 0.01 (global)"
+    assert rows["router z-loss"] == "weight 0.001"
     dense = rows_of(render_model_card(MoEConfig(vocab_size=100, num_experts=0), []))
-    assert "experts" not in dense and "router losses" not in dense
+    assert not dense.keys() & {"experts", "shared expert", "router", "load balancing", "router z-loss"}
+
+
+def test_router_appears_as_it_is_configured():
+    changes = {
+        "num_experts": 8,
+        "scoring_func": "sigmoid",
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 2.5,
+        "router_balancing": "loss_free",
+        "router_bias_update_speed": 0.002,
+        "router_z_loss_coef": 0.0,
+        "shared_expert_intermediate_size": 0,
+        "shared_expert_gate": False,
+    }
+    rows = rows_of(render_model_card(MoEConfig(**SIZES | changes), []))
+    assert rows["router"] == (
+        "sigmoid scores, the best 2 of 4 groups by the sum of their two best scores, weights are the scores, times 2.5"
+    )
+    assert rows["load balancing"] == "without a loss: a bias for the choice, moved by 0.002 at every step"
+    assert "router z-loss" not in rows and "shared expert" not in rows
+    best = rows_of(render_model_card(MoEConfig(**SIZES | changes | {"group_scoring_func": "max"}), []))
+    assert "groups by their best score," in best["router"]
+    for unbalanced in ({"router_balancing": "none"}, {"router_aux_loss_coef": 0.0}):
+        assert rows_of(render_model_card(MoEConfig(**SIZES | unbalanced), []))["load balancing"] == "none"
+
+
+DATA = TrainingData("`a|b.jsonl`", "held out", "packing blocks, at most 64 tokens", "org/corpus")
+
+
+def test_training_data_appear():
+    card = render_model_card(MoEConfig(**SIZES), HISTORY, data=DATA, num_tokens=1_234_567)
+    assert "| training | `a\\|b.jsonl` |" in card
+    rows = rows_of(card)
+    assert (rows["evaluation"], rows["rows"]) == ("held out", "packing blocks, at most 64 tokens")
+    assert rows["tokens processed"] == "1,234,567"
+    without = render_model_card(MoEConfig(**SIZES), HISTORY)
+    assert "Training data" not in without and "tokens processed" not in without
+
+
+def test_results_are_in_the_metadata_with_what_they_were_measured_on():
+    data = ModelCard(render_model_card(MoEConfig(**SIZES), HISTORY, data=DATA)).data
+    assert data.datasets == ["org/corpus"]
+    results = {result.metric_type: result for result in data.eval_results}
+    assert results["loss"].metric_value == 4.84609 and results["perplexity"].metric_value == 127.24268
+    assert {result.dataset_name for result in data.eval_results} == {"held out"}
+    assert {result.dataset_type for result in data.eval_results} == {"org/corpus"}
+    for nothing in (
+        render_model_card(MoEConfig(**SIZES), HISTORY),
+        render_model_card(MoEConfig(**SIZES), HISTORY[:1], data=DATA),
+        render_model_card(MoEConfig(**SIZES), HISTORY, data=replace(DATA, evaluation=None)),
+    ):
+        assert ModelCard(nothing).data.eval_results is None
+    local = ModelCard(render_model_card(MoEConfig(**SIZES), HISTORY, data=replace(DATA, dataset=None))).data
+    assert local.datasets is None and local.eval_results[0].dataset_type == "text"
 
 
 def test_training_settings_appear(tmp_path):
@@ -121,7 +186,9 @@ def test_training_settings_appear(tmp_path):
         "Learning rate 0.0003, cosine schedule, weight decay 0.25, 6 sequences per device × 5 accumulation steps × "
         "1 processes, seed 77." in card
     )
-    assert "Learning rate" not in render_model_card(MoEConfig(**SIZES), HISTORY)
+    assert "Learning rate" not in render_model_card(MoEConfig(**SIZES), HISTORY) and "Layout" not in card
+    card = render_model_card(MoEConfig(**SIZES), HISTORY, args, topology=Topology(4, 2, 3, "bfloat16"))
+    assert "seed 77. Layout: 4 processes, ZeRO 3, EP 2, bfloat16." in card
 
 
 def test_header_is_the_model_hubs():
@@ -132,3 +199,44 @@ def test_header_is_the_model_hubs():
         "tags": ["mixture-of-experts", "moe_hf"],
     }
     assert rest.lstrip().startswith("# ")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The card on the hub
+
+
+def test_words_of_a_card_stay():
+    text = '---\ntags:\n- mine\nlanguage: en\n---\n# Ours\n\nLoad "PATH": from_pretrained("PATH", x).\n'
+    changed = card_for_repository(text, "org/model", "mit")
+    assert changed == (
+        '---\ntags:\n- mine\nlanguage: en\nlicense: mit\n---\n# Ours\n\nLoad "PATH": from_pretrained("org/model", x).\n'
+    )
+    assert card_for_repository(changed, "org/other", "apache-2.0") == changed.replace(
+        "license: mit", "license: apache-2.0"
+    )
+    assert card_for_repository(changed, "org/other") == changed
+
+
+def test_results_get_the_name_of_the_repository():
+    card = render_model_card(MoEConfig(**SIZES), HISTORY, data=DATA)
+    before, after = ModelCard(card).data, ModelCard(card_for_repository(card, "org/model")).data
+    assert (before.model_name, after.model_name) == ("moe_hf", "model")
+    assert before.eval_results == after.eval_results
+
+
+def test_card_without_metadata_gets_the_models():
+    card = ModelCard(card_for_repository("# Ours\n", "org/model", "mit"))
+    assert card.text == "# Ours\n"
+    assert card.data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["mixture-of-experts", "moe_hf"],
+        "license": "mit",
+    }
+
+
+@pytest.mark.parametrize("header", ["a: [", "- a list", "1: x", "model-index: 3"])
+def test_damaged_metadata_are_refused(header):
+    with pytest.raises(ValueError, match=r"its metadata header is damaged \(.*\)\.$") as caught:
+        card_for_repository(f"---\n{header}\n---\n# x\n", "org/model")
+    assert "\n" not in str(caught.value)

@@ -20,6 +20,7 @@ from moe_hf.parallel import autoep, versions
 from moe_hf.parallel.autoep import autoep_layers, register_preset, split_expert_groups
 from moe_hf.parallel.versions import require_supported
 from moe_hf.routing import MoERouter
+from moe_hf.training.bias_update import RouterBiasUpdater
 
 TOKENS = torch.arange(3, 27).reshape(2, 12)
 MASK = torch.ones_like(TOKENS).index_fill_(1, torch.tensor([9, 10, 11]), 0)
@@ -43,6 +44,14 @@ def make_model(**changes) -> MoEForCausalLM:
 
 def converter(model: MoEForCausalLM) -> AutoEP:
     return AutoEP(model, parse_autoep_config({"enabled": True, "autoep_size": 1}))
+
+
+def set_biases(model: MoEForCausalLM) -> list[torch.Tensor]:
+    """Give the routers' biases, where there are any, values that change many choices; return copies of them."""
+    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    for bias in biases:
+        bias.copy_(torch.randn(bias.shape, generator=torch.Generator().manual_seed(4)))
+    return [bias.clone() for bias in biases]
 
 
 def convert(model: MoEForCausalLM) -> list[torch.nn.Parameter]:
@@ -112,11 +121,22 @@ def test_converted_layers_route_with_our_router_and_autoeps_weight():
     assert not list(autoep_layers(make_model()))
 
 
-@pytest.mark.parametrize("changes", [{}, {"norm_topk_prob": False, "routed_scaling_factor": 1.7}])
+SIGMOID = {
+    "scoring_func": "sigmoid",
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "router_balancing": "loss_free",
+}
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm_topk_prob": False, "routed_scaling_factor": 1.7}, SIGMOID])
 def test_converted_model_gives_the_same_losses(changes):
     """Also when output recording has put its hooks on the routers before they were replaced."""
     register_preset()
     model = make_model(**changes)
+    set_biases(model)
     arguments = {"input_ids": TOKENS, "attention_mask": MASK, "labels": TOKENS, "output_router_logits": True}
     arguments["output_hidden_states"] = True
     with torch.no_grad():
@@ -128,6 +148,48 @@ def test_converted_model_gives_the_same_losses(changes):
     assert len(actual.router_logits) == 2 and len(actual.hidden_states) == len(expected.hidden_states) == 5
     for ours, plain in zip(actual.router_logits, expected.router_logits, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_converted_routers_take_the_bias_over_and_add_it_once():
+    register_preset()
+    model = make_model(**SIGMOID)
+    before = set_biases(model)
+    convert(model)
+    layers = dict(autoep_layers(model))
+    assert len(before) == len(layers) == 2
+    for (name, layer), bias in zip(layers.items(), before, strict=True):
+        # `expert_bias` is what the layer would add besides.
+        assert layer.expert_bias is None
+        assert torch.equal(layer.router.e_score_correction_bias, bias)
+        assert f"{name}.router.e_score_correction_bias" in model.state_dict()
+    assert sum("correction_bias" in name for name in model.state_dict()) == 2
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
+def test_the_bias_of_a_converted_model_stays_float32(cast):
+    register_preset()
+    model = make_model(**SIGMOID)
+    before = set_biases(model)
+    convert(model.to(cast))
+    model.to(cast)
+    for (_, layer), bias in zip(autoep_layers(model), before, strict=True):
+        assert layer.router.e_score_correction_bias.dtype == torch.float32
+        assert torch.equal(layer.router.e_score_correction_bias, bias)
+
+
+def test_a_converted_model_counts_its_tokens_and_moves_its_biases():
+    register_preset()
+    models = [make_model(**SIGMOID).train() for _ in range(2)]
+    convert(models[0])
+    for model in models:
+        set_biases(model)
+        updater = RouterBiasUpdater(model)
+        model(input_ids=TOKENS, attention_mask=MASK)
+        assert model.assignment_counts.sum(dim=1).tolist() == [3 * MASK.sum()] * 2
+        updater.step()
+    converted, plain = ([m for m in model.modules() if isinstance(m, MoERouter)] for model in models)
+    for ours, theirs in zip(converted, plain, strict=True):
+        assert torch.equal(ours.e_score_correction_bias, theirs.e_score_correction_bias)
 
 
 def test_autoep_does_not_warn_of_losses_that_our_router_computes():

@@ -185,6 +185,20 @@ def test_every_entry_is_one_line_of_json(tmp_path):
     assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}]
 
 
+def test_what_is_not_finite_is_null(tmp_path):
+    """JSON has no NaN; other programs than Python refuse it."""
+    logs = {"loss": float("nan"), "grad_norm": float("inf"), "aux_loss": -float("inf"), "lr": 0.1, "skipped_steps": 3}
+    JsonLinesCallback().on_log(SimpleNamespace(output_dir=str(tmp_path)), state_of(1), None, logs=logs)
+    line = (tmp_path / "metrics.jsonl").read_text()
+    expected = {"step": 1, "loss": None, "grad_norm": None, "aux_loss": None, "lr": 0.1, "skipped_steps": 3}
+    assert json.loads(line, parse_constant=pytest.fail) == expected
+
+
+def test_training_does_not_die_of_a_log_that_cannot_be_written(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    JsonLinesCallback().on_log(SimpleNamespace(output_dir=str(tmp_path)), state_of(1), None, logs={"loss": 1.0})
+
+
 @pytest.mark.parametrize("callback", [ConsoleCallback, PlainConsoleCallback])
 def test_console_shows_the_line_on_the_first_rank_only(callback, capsys):
     for is_main in (True, False):

@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from native_models import native_model
 from safetensors.torch import load_file, save_file
 
 from moe_hf import MoEConfig, MoEForCausalLM
+from moe_hf.checkpoint import source
 from moe_hf.errors import ConfigError
 from moe_hf.presets import read_preset
 from moe_hf.training.arguments import ModelArguments
-from moe_hf.training.model_config import build_config, check_weights, make_config, parse_overrides
+from moe_hf.training.model_config import build_config, check_weights, local_model, make_config, parse_overrides
 
 SMALL = {
     "vocab_size": 64,
@@ -291,13 +293,21 @@ def test_weights_of_the_model_pass(saved, tied):
 @pytest.mark.parametrize(
     ("name", "change", "sentence"),
     [
-        ("model.layers.2.mlp.gate.weight", None, "model.layers.2.mlp.gate.weight is missing"),
-        ("lm_head.weight", None, "lm_head.weight is missing"),
-        ("model.norm.weight", torch.ones(17), r"model.norm.weight has shape \[17\] instead of \[16\]"),
-        ("model.layers.4.mlp.gate.weight", torch.ones(4, 16), "model.layers.4.mlp.gate.weight is not part of it"),
+        (
+            "model.layers.2.mlp.gate.weight",
+            None,
+            "lacks model.layers.2.mlp.gate.weight, which its moe_hf configuration",
+        ),
+        ("lm_head.weight", None, "lacks lm_head.weight, which its moe_hf configuration asks for."),
+        (
+            "model.norm.weight",
+            torch.ones(17),
+            "has model.norm.weight of shape (17,), but its configuration says (16,).",
+        ),
+        ("model.layers.4.mlp.gate.weight", torch.ones(4, 16), "holds model.layers.4.mlp.gate.weight, which its moe_hf"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(saved, name, change, sentence):
+def test_weights_of_another_model_are_refused(saved, name, change, sentence):
     folder = saved(with_weights=True)
     tensors = load_file(f"{folder}/model.safetensors")
     if change is None:
@@ -305,8 +315,39 @@ def test_weights_that_do_not_fit_are_refused(saved, name, change, sentence):
     else:
         tensors[name] = change
     save_file(tensors, f"{folder}/model.safetensors")
-    with pytest.raises(ConfigError, match=f"does not fit the model: {sentence}; leave out the flags"):
+    with pytest.raises(ConfigError) as error:
         check_weights(folder, build_config(ModelArguments(model_name_or_path=folder)))
+    assert str(error.value).startswith(f"--model_name_or_path {folder} {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"hidden_size": 32}, "model.embed_tokens.weight has shape [64, 16] instead of [64, 32]"),
+        ({"num_hidden_layers": 5}, "model.layers.4.self_attn.q_proj.weight is missing"),
+        ({"num_hidden_layers": 3}, "model.layers.3.self_attn.q_proj.weight is not part of it"),
+        ({"config_overrides": "use_qk_norm=true"}, "model.layers.0.self_attn.q_norm.weight is missing"),
+    ],
+)
+def test_flags_that_make_another_model_are_refused(saved, flags, sentence):
+    folder = saved(with_weights=True)
+    config = build_config(ModelArguments(model_name_or_path=folder, **flags))
+    with pytest.raises(ConfigError) as error:
+        check_weights(folder, config)
+    assert str(error.value) == (
+        f"--model_name_or_path {folder} does not fit the model: {sentence}; "
+        "leave out the flags that change its configuration."
+    )
+
+
+def test_correction_bias_may_begin_but_not_end(saved):
+    folder = saved(with_weights=True)
+    arguments = ModelArguments(model_name_or_path=folder, config_overrides="router_balancing=loss_free")
+    check_weights(folder, build_config(arguments))
+    folder = saved(with_weights=True, router_balancing="loss_free")
+    arguments = ModelArguments(model_name_or_path=folder, config_overrides="router_balancing=aux_loss")
+    with pytest.raises(ConfigError, match=r"mlp\.gate\.e_score_correction_bias is not part of it"):
+        check_weights(folder, build_config(arguments))
 
 
 def test_damaged_and_missing_weights_are_refused(saved):
@@ -315,8 +356,48 @@ def test_damaged_and_missing_weights_are_refused(saved):
     path = f"{folder}/model.safetensors"
     with open(path, "r+b") as file:
         file.truncate(1000)
-    with pytest.raises(ConfigError, match=r"model\.safetensors is damaged"):
+    with pytest.raises(ConfigError, match=r"^--model_name_or_path .*model\.safetensors is damaged"):
         check_weights(folder, build_config(arguments))
-    (MoEConfig(**SMALL)).save_pretrained(f"{folder}/other")
+    other = f"{folder}/other"
+    MoEConfig(**SMALL).save_pretrained(other)
     with pytest.raises(ConfigError, match=r"holds no \*.safetensors file, so there are no weights in it"):
-        build_config(ModelArguments(model_name_or_path=f"{folder}/other"))
+        check_weights(other, build_config(ModelArguments(model_name_or_path=other)))
+    torch.save({}, f"{other}/pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"has its weights in pytorch_model\.bin, a pickle, which can run code"):
+        check_weights(other, build_config(ModelArguments(model_name_or_path=other)))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Models of other architectures
+
+
+def test_folder_of_another_architecture_gives_our_configuration(tmp_path):
+    native_model("qwen3_moe_mixed").save_pretrained(tmp_path)
+    config = build_config(ModelArguments(model_name_or_path=str(tmp_path), router_aux_loss_coef=0.5))
+    assert (config.num_experts, config.use_qk_norm, config.router_aux_loss_coef) == (6, True, 0.5)
+    assert kinds(config) == "dSdddS" and config.eos_token_id == [4, 5]
+    check_weights(str(tmp_path), config)
+    deeper = build_config(ModelArguments(model_name_or_path=str(tmp_path), decoder_sparse_step=2))
+    with pytest.raises(ConfigError, match=r"model\.layers\.3\.mlp\.gate\.weight is missing; leave out the flags"):
+        check_weights(str(tmp_path), deeper)
+
+
+def test_all_sparse_layers_of_another_architecture_follow_the_number_of_layers(tmp_path):
+    native_model("mixtral").save_pretrained(tmp_path)
+    config = build_config(ModelArguments(model_name_or_path=str(tmp_path), num_hidden_layers=2))
+    assert kinds(config) == "SS"
+
+
+def test_feature_that_ours_has_not_is_named(tmp_path):
+    native_model("olmoe", clip_qkv=8.0).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"^clip_qkv=8\.0 of this olmoe model has no counterpart in moe_hf"):
+        build_config(ModelArguments(model_name_or_path=str(tmp_path)))
+
+
+def test_model_of_the_hub_is_downloaded(tmp_path, monkeypatch):
+    native_model("llama").save_pretrained(tmp_path)
+    monkeypatch.setattr(source, "snapshot_download", lambda name, **options: str(tmp_path))
+    assert local_model("org/name") == str(tmp_path)
+    assert build_config(ModelArguments(model_name_or_path="org/name")).num_experts == 0
+    with pytest.raises(ConfigError, match="--model_name_or_path absent is not a folder with a config"):
+        local_model("absent")

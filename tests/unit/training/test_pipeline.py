@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +20,13 @@ from small import GLOBAL_MICRO_BATCH, NUM_STEPS, flags, make_rows, recipe, save_
 from transformers import Trainer, TrainerCallback
 
 from moe_hf import MoEForCausalLM, cli
+from moe_hf.checkpoint.manifest import Progress, is_whole, read_manifest
 from moe_hf.errors import CheckpointError, ConfigError
 from moe_hf.parallel.failure import FailureRelay
 from moe_hf.training import metrics as metrics_module
+from moe_hf.training import saving
 from moe_hf.training.pipeline import build_trainer, execute, train_and_export
+from moe_hf.training.preemption import Preempted
 from moe_hf.training.trainer import TrainingStopped
 
 EXPORTED = {
@@ -200,7 +205,7 @@ def test_a_run_leaves_its_results(lab, evaluated):
     }
     for export in (folder / "hf", folder / "checkpoint-3" / "hf", folder / "checkpoint-6" / "hf"):
         assert {path.name for path in export.iterdir()} == EXPORTED
-    for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json", "topology.json"):
+    for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json", "manifest.json"):
         assert (folder / "checkpoint-3" / name).is_file()
     assert is_identical(lab.weights("evaluated/hf"), lab.weights("evaluated/checkpoint-6/hf"))
     assert not is_identical(lab.weights("evaluated/hf"), lab.weights("evaluated/checkpoint-3/hf"))
@@ -259,7 +264,7 @@ def test_save_total_limit_keeps_the_newest(lab):
         "checkpoint-5",
         "checkpoint-6",
     ]
-    assert (lab.folder / "limited" / "checkpoint-5" / "topology.json").is_file()
+    assert (lab.folder / "limited" / "checkpoint-5" / "manifest.json").is_file()
 
 
 def test_reporters_get_every_metric(lab, tmp_path, monkeypatch):
@@ -343,24 +348,42 @@ def test_checkpoint_is_refused_where_it_does_not_fit(lab, evaluated):
     assert not (lab.folder / "refused").exists()
 
 
-def test_checkpoint_that_was_half_overwritten_is_not_whole(lab, monkeypatch):
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "failing", [(Trainer, "_save_optimizer_and_scheduler"), (Trainer, "_save_rng_state"), (saving, "write_manifest")]
+)
+def test_failing_save_is_told_and_leaves_what_was_there(lab, monkeypatch, failing):
     """A run that goes on from an earlier checkpoint comes to the later ones again."""
     changes = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    lab.train("overwritten", **changes)
-    folder = lab.folder / "overwritten"
-    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", fail_to_write)
+    name = f"no_space_{failing[1]}"
+    lab.train(name, **changes)
+    before = contents(lab.folder / name)
+    monkeypatch.setattr(*failing, fail_to_write)
     AcceleratorState._reset_state(reset_partial_state=True)
-    with pytest.raises(CheckpointError, match="No space left on device"):
-        lab.train("overwritten", resume_from_checkpoint=folder / "checkpoint-1", **changes)
-    assert (folder / "checkpoint-1" / "topology.json").exists()
-    assert not (folder / "checkpoint-2" / "topology.json").exists()
+    sentence = r"Could not write \S+/checkpoint-2: No space left on device \([\d,]+ MB are free on its disk\)\.$"
+    with pytest.raises(CheckpointError, match=sentence):
+        lab.train(name, resume_from_checkpoint=lab.folder / name / "checkpoint-1", **changes)
+    after = contents(lab.folder / name)
+    assert {name: content for name, content in after.items() if name != "metrics.jsonl"} == {
+        name: content for name, content in before.items() if name != "metrics.jsonl"
+    }
 
 
-def test_failing_save_names_the_checkpoint(lab, monkeypatch):
-    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", fail_to_write)
-    with pytest.raises(CheckpointError, match="checkpoint-3: No space left on device"):
-        lab.train("no_space", **EVERY_THIRD)
-    assert not (lab.folder / "no_space" / "checkpoint-3" / "topology.json").exists()
+def test_checkpoint_is_replaced_when_its_step_comes_again(lab):
+    changes = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    lab.train("again", **changes)
+    folder = lab.folder / "again"
+    first = read_manifest(folder / "checkpoint-2")
+    (folder / "checkpoint-2" / "notes.txt").write_text("of the first time")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    lab.train("again", resume_from_checkpoint=folder / "checkpoint-1", **changes)
+    assert not (folder / "checkpoint-2" / "notes.txt").exists()
+    assert read_manifest(folder / "checkpoint-2").saved_at > first.saved_at
+    assert is_whole(folder / "checkpoint-2", part="all")
+    assert not list(folder.glob(".*"))
 
 
 def test_best_model_is_exported(lab):
@@ -376,6 +399,124 @@ def test_best_model_is_exported(lab):
     best = evaluations[min(evaluations)]
     assert best != NUM_STEPS
     assert is_identical(lab.weights("best/hf"), lab.weights(f"best/checkpoint-{best}/hf"))
+
+
+def test_state_names_the_best_checkpoint_by_its_place(lab):
+    """Not by the folder in which it was written; with a limit of 1 the newest is kept beside it."""
+    evaluation = {"validation_file": lab.folder / "evaluation.jsonl", "eval_strategy": "steps", "eval_steps": 1}
+    every = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "load_best_model_at_end": True}
+    lab.train("best_of_one", learning_rate=0.3, **evaluation, **every)
+    checkpoints = {path.name: path for path in (lab.folder / "best_of_one").glob("checkpoint-*")}
+    assert len(checkpoints) == 2 and f"checkpoint-{NUM_STEPS}" in checkpoints
+    for path in checkpoints.values():
+        best = json.loads((path / "trainer_state.json").read_text())["best_model_checkpoint"]
+        assert Path(best) in checkpoints.values() and best != str(lab.folder / f"checkpoint-{NUM_STEPS}")
+
+
+def test_auto_starts_anew_and_then_goes_on(lab, evaluated, capsys):
+    """The same command line each time, in a folder where at first nothing but a killed run's rubbish is."""
+    folder = lab.folder / "automatic"
+    (folder / ".checkpoint-1.incomplete" / "checkpoint-1").mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("")
+    changes = EVERY_THIRD | {"resume_from_checkpoint": "auto"}
+    trainer = build_trainer(lab.words("automatic", **changes), FailureRelay())
+    trainer.add_callback(StopAfter(4))
+    execute(trainer)
+    assert f"There is no whole checkpoint in {folder}. Starting anew." in capsys.readouterr().out
+    assert [path.name for path in folder.glob("*checkpoint*")] == ["checkpoint-3"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    lab.train("automatic", **changes)
+    assert is_identical(lab.weights("automatic/hf"), lab.weights("evaluated/hf"))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 4, 5, 6]
+
+
+def test_run_that_was_killed_after_its_last_step_is_only_exported(lab, evaluated):
+    shutil.copytree(lab.folder / "evaluated" / "checkpoint-6", lab.folder / "finished" / "checkpoint-6")
+    lab.train("finished", resume_from_checkpoint="auto")
+    assert [entry["step"] for entry in lab.steps("finished")] == [1, 2, 3, 4, 5, 6]
+    assert is_identical(lab.weights("finished/hf"), lab.weights("evaluated/hf"))
+
+
+def test_reset_optimizer_starts_from_the_weights_alone(lab, evaluated):
+    checkpoint = lab.folder / "evaluated" / "checkpoint-3"
+    lab.train("reset", resume_from_checkpoint=checkpoint, reset_optimizer=True, max_steps=3)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    lab.train("from_weights", model_name_or_path=checkpoint / "hf", max_steps=3)
+    for key in ("step", "loss", "grad_norm", "learning_rate"):
+        assert [e[key] for e in lab.steps("reset")] == [e[key] for e in lab.steps("from_weights")]
+    assert is_identical(lab.weights("reset/hf"), lab.weights("from_weights/hf"))
+    assert not is_identical(lab.weights("reset/hf"), lab.weights("evaluated/hf"))
+
+
+def test_weights_alone_are_saved_when_told(lab):
+    lab.train("weights_only", max_steps=2, save_strategy="steps", save_steps=2, save_only_model=True)
+    checkpoint = lab.folder / "weights_only" / "checkpoint-2"
+    assert not (checkpoint / "optimizer.pt").exists() and is_whole(checkpoint)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(CheckpointError, match=r"holds weights only \(--save_only_model\); add --reset_optimizer"):
+        lab.train("continued_weights", resume_from_checkpoint=checkpoint)
+    lab.train("continued_weights", resume_from_checkpoint=checkpoint, reset_optimizer=True, max_steps=1)
+    assert [entry["step"] for entry in lab.steps("continued_weights")] == [1]
+
+
+def test_place_in_the_data_is_recorded_and_kept(lab):
+    """Twenty rows in micro-batches of four, two by two: the third step of every epoch has one micro-batch."""
+    changes = {"max_train_samples": 20, "max_steps": -1, "save_strategy": "steps", "save_steps": 1}
+    lab.train("counted", accumulation=2, num_train_epochs=1, **changes)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    lab.train("counted", accumulation=2, num_train_epochs=2, resume_from_checkpoint=True, **changes)
+    progress = [read_manifest(lab.folder / "counted" / f"checkpoint-{step}").progress for step in range(1, 7)]
+    assert progress == [
+        Progress(step, samples_seen=samples, global_batch_size=8)
+        for step, samples in enumerate([8, 16, 20, 28, 36, 40], start=1)
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Signals
+
+
+class Signal(TrainerCallback):
+    """Sends this process a signal in the middle of a step."""
+
+    def __init__(self, step: int, number: int) -> None:
+        self._step, self._number = step, number
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self._step - 1:
+            os.kill(os.getpid(), self._number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_saves_after_the_step_and_the_run_goes_on(lab, number):
+    """Also between an evaluation that was left out and one that was made: dropout is the same."""
+    changes = {"config_overrides": "attention_dropout=0.1", "save_strategy": "no", "save_only_model": True}
+    evaluation = {"validation_file": lab.folder / "evaluation.jsonl", "eval_strategy": "steps", "eval_steps": 2}
+    name = signal.Signals(number).name
+    if not (lab.folder / "not_evaluated").exists():
+        lab.train("not_evaluated", **changes)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+    trainer = build_trainer(lab.words(name, resume_from_checkpoint="auto", **changes, **evaluation), FailureRelay())
+    trainer.add_callback(Signal(4, number))
+    try:
+        with pytest.raises(Preempted, match=rf"Stopped by {name} after step 4; .*/checkpoint-4\. Go on with"):
+            execute(trainer)
+    finally:
+        for each, handler in zip((signal.SIGTERM, signal.SIGUSR1), handlers, strict=True):
+            signal.signal(each, handler)
+    log = (lab.folder / name / "metrics.jsonl").read_text()
+    assert log.count("eval_loss") == 1  # of step 2
+    assert [path.name for path in (lab.folder / name).glob("checkpoint-*")] == ["checkpoint-4"]
+    assert is_whole(lab.folder / name / "checkpoint-4")
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    lab.train(name, resume_from_checkpoint="auto", **changes, **evaluation)
+    assert [entry["step"] for entry in lab.steps(name)] == [1, 2, 3, 4, 5, 6]
+    assert is_identical(lab.weights(f"{name}/hf"), lab.weights("not_evaluated/hf"))
+    # A run that ends by itself leaves signals as they were.
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == handlers
 
 
 def test_earlier_run_is_deleted_only_when_told(lab):
@@ -438,12 +579,34 @@ def test_a_step_with_nan_is_skipped_and_counted(lab, poisoned):
     assert poison.isfinite().all(dim=1).sum() == len(poison) - 1
 
 
+def test_skipped_steps_are_counted_on_after_resuming(lab, poisoned):
+    folder = lab.folder / "skipping"
+    shutil.copytree(folder / "checkpoint-4", lab.folder / "skipping_on" / "checkpoint-4")
+    lab.train("skipping_on", **poisoned, resume_from_checkpoint=True)
+    assert [entry["skipped_steps"] for entry in lab.steps("skipping_on")] == [0, 0, 1, 1, 1, 1]
+
+
+def test_what_is_not_finite_is_null_in_the_metrics_file(lab, poisoned):
+    lines = (lab.folder / "skipping" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line, parse_constant=pytest.fail)["loss"] for line in lines if '"loss"' in line]
+    assert [loss is None for loss in losses] == [False, False, True, False, False, False]
+
+
+def test_steps_skipped_in_a_row_are_counted_on_after_resuming(lab, poisoned):
+    always = [row | {"input_ids": [POISON, *row["input_ids"][1:]]} for row in make_rows(24)]
+    changes = poisoned | {"train_file": lab.write_rows("always.jsonl", always), "max_skipped_steps": 3}
+    lab.train("in_a_row", **changes, max_steps=2, save_strategy="steps", save_steps=2)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(TrainingStopped, match=r"3 steps in a row .* \(step 3, max_skipped_steps=3\)"):
+        lab.train("in_a_row", **changes, resume_from_checkpoint=True)
+
+
 def test_too_many_skipped_steps_stop_the_run_with_a_checkpoint(lab, poisoned):
     always = [row | {"input_ids": [POISON, *row["input_ids"][1:]]} for row in make_rows(24)]
     changes = poisoned | {"train_file": lab.write_rows("always.jsonl", always)}
     with pytest.raises(TrainingStopped, match=r"2 steps in a row .*max_skipped_steps=2.*checkpoint-2\."):
         lab.train("stopped", **changes, max_skipped_steps=2)
-    assert (lab.folder / "stopped" / "checkpoint-2" / "topology.json").is_file()
+    assert (lab.folder / "stopped" / "checkpoint-2" / "manifest.json").is_file()
     assert not (lab.folder / "stopped" / "hf").exists()
 
 
