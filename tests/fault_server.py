@@ -140,6 +140,11 @@ def run_chains(chains: list[Chain], folder: Path) -> dict[str, list[Ended]]:
     return {name: [Ended(**each) for each in ended] for name, ended in json.loads(results.read_text()).items()}
 
 
+def logged_steps(run: Ended) -> list[str]:
+    """Return the steps that a start has logged, such as `2/6`."""
+    return [line.split()[1] for line in run.stdout[0].splitlines() if line.startswith("step ") and "| loss" in line]
+
+
 def _serve(requests: Path, results: Path) -> None:
     import_module("moe_hf.training.launch")
     import_module("moe_hf.training.pipeline")
@@ -171,16 +176,19 @@ def _read_chain(record: dict) -> Chain:
 
 def _supervise_chain(chain: Chain, logs: Path) -> Iterator[Ended | None]:
     """Start a chain again and again; yield None while it runs, and how it has ended each time."""
+    port = free_port()  # the same for all starts, as the launcher's own is
     for index, start in enumerate(chain.starts):
         for damage in start.damages:
             damage.apply(Path(chain.output_dir))
         folder = logs / str(index)
         folder.mkdir(parents=True)
-        yield from _supervise(chain, start, folder)
+        yield from _supervise(chain, start, port, folder)
+    for path in Path("/dev/shm").glob(f"deepspeed_*_{port}_*"):
+        path.unlink()
 
 
-def _supervise(chain: Chain, start: Start, logs: Path) -> Iterator[Ended | None]:
-    port, began, blow = free_port(), time.monotonic(), start.blow
+def _supervise(chain: Chain, start: Start, port: int, logs: Path) -> Iterator[Ended | None]:
+    began, blow = time.monotonic(), start.blow
     run = Run(chain.name, [*chain.argv, *start.words], str(logs))
     children = {_fork(lambda rank=rank: _be_limited_rank(start, run, rank, port, logs)): rank for rank in (0, 1)}
     codes, strike_at, ender = {}, None, None
@@ -202,8 +210,6 @@ def _supervise(chain: Chain, start: Start, logs: Path) -> Iterator[Ended | None]
         if ender is not None:
             ender.send(alive)
         yield None
-    for path in Path("/dev/shm").glob(f"deepspeed_*_{port}_*"):
-        path.unlink()
     texts = {name: [(logs / f"{name}{rank}").read_text() for rank in (0, 1)] for name in ("out", "err")}
     yield Ended([codes[rank] for rank in (0, 1)], texts["out"], texts["err"], time.monotonic() - began)
 

@@ -72,13 +72,11 @@ class ZeroLayout:
         whole = torch.cat(pieces)
         if whole.numel() != math.prod(self.shapes[name]):
             raise self._lacks(name)
-        whole = whole.view(self.shapes[name])
         self._bytes_read += whole.nbytes
-        del pieces
         if self._bytes_read > _MAPPED_BYTES:
             self._files.clear()
             self._bytes_read = 0
-        return whole
+        return whole.view(self.shapes[name])
 
     def state_names(self) -> list[str]:
         """Return `"fp32"` and the names of the optimizer's states that have an element for each of a parameter."""

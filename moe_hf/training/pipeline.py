@@ -30,6 +30,7 @@ from ..parallel.deepspeed_schema import check_deepspeed_keys
 from ..parallel.engine import join_process_group
 from ..parallel.failure import FailureRelay
 from ..parallel.processes import raise_together, world_size
+from ..parallel.shared_memory import remove_shared_buffers
 from ..parallel.versions import require_supported
 from .arguments import ModelArguments, MoETrainingArguments, construct, parse_arguments
 from .card_data import describe_data
@@ -90,9 +91,8 @@ def build_trainer(argv: list[str], relay: FailureRelay, description: str | None 
     if data_args.streaming and namespace.accelerator_config is None:
         # Otherwise one process reads for all and cuts its batches up, which rows of unequal length do not allow.
         replaced["accelerator_config"] = {"dispatch_batches": False}
-    if deepspeed_json is not None and os.environ.get("LOCAL_RANK", "0") == "0":
-        # Nobody compiles before the process group exists, which waits for this process.
-        remove_stale_build_locks()
+    if deepspeed_json is not None:
+        _remove_what_killed_runs_have_left()
     try:
         args = construct(MoETrainingArguments, namespace, **replaced)
     finally:
@@ -137,6 +137,17 @@ def build_trainer(argv: list[str], relay: FailureRelay, description: str | None 
     if args.overwrite_output_dir and checkpoint is None:
         trainer.add_callback(RemoveEarlierRun)
     return trainer
+
+
+def _remove_what_killed_runs_have_left() -> None:
+    """Clear away what DeepSpeed would wait for, or take for its own, from one process of each machine.
+
+    Nobody compiles or opens a buffer before the process group exists, and that waits for this process.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        remove_stale_build_locks()
+        # They have the same names when a run is started again on the same port.
+        remove_shared_buffers()
 
 
 def execute(trainer: MoETrainer) -> dict[str, float]:

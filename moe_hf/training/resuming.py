@@ -59,7 +59,9 @@ class ResumeChoice:
             if error is None:
                 if self._passed_over is not None:
                     self._check(checkpoint)
-                    _say(f"{self._passed_over} Resuming from {checkpoint}.")
+                    _say(str(self._passed_over))
+                if self._wanted in (AUTO, NEWEST):
+                    _say(f"Resuming from {checkpoint}.")
                 return checkpoint
             self._passed_over = self._passed_over or error
         if self._passed_over is not None and self._wanted != AUTO:

@@ -24,8 +24,8 @@ LARGE = {
 }
 SHARD_MB = 200
 
-# Pages that are mapped from the checkpoint's files, given back after this much; and room for the allocator.
-ALLOWANCE_MB = 128 + 100
+# Room for the allocator and for what is imported on the way.
+ALLOWANCE_MB = 100
 
 EXPORT = f"""
 import sys, threading, time
@@ -35,7 +35,7 @@ from moe_hf.checkpoint import offline
 
 def resident_mb():
     with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) / 1024
 
 before, peak = resident_mb(), 0.0
 
@@ -90,8 +90,10 @@ def test_memory_is_bounded_by_a_shard_and_a_tensor(checkpoint, tmp_path):
         check=True,
     )
     used_mb = float(done.stdout.rpartition("MB:")[2])
-    # A tensor is read whole in float32, the rank's part of it beside the place where it goes.
-    assert used_mb < SHARD_MB + 1.5 * largest_mb + ALLOWANCE_MB, used_mb
+    # A tensor in float32, with a rank's part of it before it is in its place. Pages mapped from the checkpoint's files do
+    # not count: the system takes them back when it needs them.
+    bound_mb = SHARD_MB + 1.5 * largest_mb + ALLOWANCE_MB
+    assert used_mb < bound_mb < 0.4 * sum(tensor.nbytes for tensor in expected.values()) / 2**20, used_mb
     live = {path.name: path for path in (checkpoint / "hf").iterdir()}
     assert live.keys() == {path.name for path in (tmp_path / "export").iterdir()}
     for name, path in live.items():

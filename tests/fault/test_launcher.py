@@ -84,8 +84,8 @@ def test_killed_ranks_end_with_the_weights_of_the_uninterrupted_run(lab):
     draw = random.Random(11)
     for zero in (2, 3):
         with launched(lab.words(f"uninterrupted_{zero}", zero)) as process:
-            process.communicate(timeout=_LIMIT_SECONDS)
-        assert process.returncode == 0
+            _, err = process.communicate(timeout=_LIMIT_SECONDS)
+        assert process.returncode == 0, err
     for i in range(20):
         name, zero, blow = f"launched_{i}", 2 + i % 2, draw_blow(draw, i)
         with launched(lab.words(name, zero)) as process:

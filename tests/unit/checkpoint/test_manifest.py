@@ -83,6 +83,14 @@ def test_large_files_are_hashed_whole(tmp_path):
     assert fingerprints(tmp_path, ["large"])["large"].sha256 == hashlib.sha256(content).hexdigest()
 
 
+def test_manifest_is_on_the_disk_when_it_has_its_name(tmp_path, monkeypatch):
+    done, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), sync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append(f"> {Path(b).name}"), replace(a, b)))
+    write_manifest(tmp_path, LAYOUT, small_config(), PROGRESS)
+    assert done == [f".{MANIFEST_NAME}", f"> {MANIFEST_NAME}"]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Damage
 

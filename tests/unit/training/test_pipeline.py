@@ -24,7 +24,7 @@ from moe_hf.checkpoint.manifest import Progress, is_whole, read_manifest
 from moe_hf.errors import CheckpointError, ConfigError
 from moe_hf.parallel.failure import FailureRelay
 from moe_hf.training import metrics as metrics_module
-from moe_hf.training import saving
+from moe_hf.training import pipeline, saving
 from moe_hf.training.pipeline import build_trainer, execute, train_and_export
 from moe_hf.training.preemption import Preempted
 from moe_hf.training.trainer import TrainingStopped
@@ -513,7 +513,8 @@ def test_signal_saves_after_the_step_and_the_run_goes_on(lab, number):
 
     AcceleratorState._reset_state(reset_partial_state=True)
     lab.train(name, resume_from_checkpoint="auto", **changes, **evaluation)
-    assert [entry["step"] for entry in lab.steps(name)] == [1, 2, 3, 4, 5, 6]
+    lines = [json.loads(line) for line in (lab.folder / name / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert is_identical(lab.weights(f"{name}/hf"), lab.weights("not_evaluated/hf"))
     # A run that ends by itself leaves signals as they were.
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == handlers
@@ -548,6 +549,26 @@ def test_overwriting_deletes_what_a_run_leaves_and_nothing_else(lab):
     # The run before was evaluated; this one was not.
     assert not (folder / "eval_results.json").exists()
     assert "eval_loss" not in json.loads((folder / "all_results.json").read_text())
+
+
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_what_killed_runs_have_left_is_cleared_by_one_process_of_a_machine(tmp_path, monkeypatch, local_rank):
+    """The lock of an operator that was being compiled, and shared memory of a run on the same port."""
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_RANK": local_rank}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock, buffer = (
+        tmp_path / "operator" / "lock",
+        Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_1_0"),
+    )
+    lock.parent.mkdir()
+    try:
+        for path in (lock, buffer):
+            path.touch()
+        pipeline._remove_what_killed_runs_have_left()
+        assert (lock.exists(), buffer.exists()) == ((False, False) if local_rank == "0" else (True, True))
+    finally:
+        buffer.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -68,8 +68,9 @@ def test_named_checkpoint_is_resumed(run, capsys):
 
 
 @pytest.mark.parametrize("word", ["true", "True", "auto", "AUTO"])
-def test_newest_is_resumed(run, word):
+def test_newest_is_resumed(run, word, capsys):
     assert chosen(run, word) == "checkpoint-9"
+    assert capsys.readouterr().out == f"Resuming from {run}/checkpoint-9.\n"
 
 
 def test_named_checkpoint_that_is_torn_is_refused_and_another_offered(run):
@@ -89,13 +90,13 @@ def test_torn_ones_are_passed_over_and_named(run, word, capsys):
     flip(run / "checkpoint-9" / "global_step9" / "shard.pt")
     assert chosen(run, word) == "checkpoint-6"
     assert capsys.readouterr().out == (
-        f"{run}/checkpoint-9 is torn: global_step9/shard.pt is not what was saved, its SHA-256 differs. "
+        f"{run}/checkpoint-9 is torn: global_step9/shard.pt is not what was saved, its SHA-256 differs.\n"
         f"Resuming from {run}/checkpoint-6.\n"
     )
     (run / "checkpoint-9" / "latest").unlink()
     assert chosen(run, word) == "checkpoint-6"
     assert capsys.readouterr().out == (
-        f"{run}/checkpoint-9 is torn: latest is missing. Resuming from {run}/checkpoint-6.\n"
+        f"{run}/checkpoint-9 is torn: latest is missing.\nResuming from {run}/checkpoint-6.\n"
     )
 
 
