@@ -90,8 +90,8 @@ def test_memory_is_bounded_by_a_shard_and_a_tensor(checkpoint, tmp_path):
         check=True,
     )
     used_mb = float(done.stdout.rpartition("MB:")[2])
-    # A tensor in float32, with a rank's part of it before it is in its place. Pages mapped from the checkpoint's files do
-    # not count: the system takes them back when it needs them.
+    # A tensor in float32, with a rank's part of it before it is in its place. Pages mapped from the checkpoint's files
+    # do not count: the system takes them back when it needs them.
     bound_mb = SHARD_MB + 1.5 * largest_mb + ALLOWANCE_MB
     assert used_mb < bound_mb < 0.4 * sum(tensor.nbytes for tensor in expected.values()) / 2**20, used_mb
     live = {path.name: path for path in (checkpoint / "hf").iterdir()}

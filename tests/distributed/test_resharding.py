@@ -43,37 +43,27 @@ SOURCES = [
     Layout(2, 0, None),
     Layout(2, 1, 2),
     Layout(2, 2, None),
-    Layout(2, 3, 1),
     Layout(2, 3, None),
     Layout(2, 0, None, "bf16"),
-    Layout(2, 2, 2, "bf16"),
     Layout(2, 3, 2, "bf16"),
     Layout(2, 2, 2, routing="sigmoid"),
-    Layout(4, 2, 4),
     Layout(4, 2, 2),
-    Layout(4, 3, 2),
-    Layout(4, 3, 4, "bf16"),
-    Layout(4, 3, 2, routing="sigmoid"),
+    Layout(4, 3, 2, "bf16"),
 ]
 
-# Every ZeRO stage to every other, AutoEP on to off and back, more ranks and fewer, replicas of experts to none.
+# Every ZeRO stage to another, AutoEP on to off and back, more ranks and fewer, replicas of experts to none.
 CROSSINGS = [
     (source, replace(source, ranks=ranks, zero=zero, ep=ep))
     for source, targets in {
-        Layout(2, 0, None): [(2, 2, 2), (2, 3, 2), (1, 2, None), (4, 3, 4)],
-        Layout(2, 1, 2): [(2, 0, None), (2, 3, 2), (4, 1, 2)],
-        Layout(2, 2, None): [(2, 2, 2), (2, 3, None), (1, 0, None)],
-        Layout(2, 3, 1): [(2, 3, 2), (2, 2, 1)],
-        Layout(2, 3, None): [(2, 3, 2), (4, 2, 4), (1, 3, 1)],
+        Layout(2, 0, None): [(2, 2, 2), (1, 3, 1)],
+        Layout(2, 1, 2): [(2, 0, None), (4, 1, 2)],
+        Layout(2, 2, None): [(2, 2, 2), (2, 3, None)],
+        Layout(2, 3, None): [(2, 3, 2), (4, 2, 4)],
         Layout(2, 0, None, "bf16"): [(2, 2, 2)],
-        Layout(2, 2, 2, "bf16"): [(2, 3, 2), (2, 0, None), (4, 2, 2)],
-        Layout(2, 3, 2, "bf16"): [(2, 2, None)],
+        Layout(2, 3, 2, "bf16"): [(2, 2, None), (2, 0, None)],
         Layout(2, 2, 2, routing="sigmoid"): [(2, 3, 2), (2, 2, None)],
-        Layout(4, 2, 4): [(2, 2, 2), (2, 3, None), (4, 2, 2)],
-        Layout(4, 2, 2): [(2, 2, 2)],
-        Layout(4, 3, 2): [(2, 3, 2), (2, 2, 2), (4, 3, 4)],
-        Layout(4, 3, 4, "bf16"): [(2, 3, 2)],
-        Layout(4, 3, 2, routing="sigmoid"): [(2, 3, 2), (2, 2, 1)],
+        Layout(4, 2, 2): [(2, 3, 2), (2, 2, 1)],
+        Layout(4, 3, 2, "bf16"): [(2, 3, 2)],
     }.items()
     for ranks, zero, ep in targets
 ]
@@ -217,9 +207,9 @@ def test_run_that_moves_three_times(lab, index):
 
 
 def test_checkpoint_is_converted_once(lab):
-    """Three runs went on from it with AutoEP: the first has converted it, and the folder is as old as that."""
-    source = Layout(4, 2, 4)
+    """Two runs went on from it with AutoEP: the first has converted it, and the folder is as old as that."""
+    source = Layout(4, 2, 2)
     assert sum(start == source and target.ep is not None for start, target in CROSSINGS) == 2
-    (folder,) = (lab / source.name / f"checkpoint-{SAVED_STEP}").glob("universal_autoep")
-    first = lab / crossing_name(source, Layout(2, 2, 2)) / f"state_{SAVED_STEP}.pt"
+    folder = lab / source.name / f"checkpoint-{SAVED_STEP}" / "universal_autoep"
+    first = lab / crossing_name(source, Layout(2, 3, 2)) / f"state_{SAVED_STEP}.pt"
     assert folder.stat().st_mtime < first.stat().st_mtime
