@@ -4,6 +4,7 @@ It is written last, into a folder that is renamed when whole, so that a `checkpo
 whether it still is, the manifest tells.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -80,6 +81,7 @@ def write_manifest(
     *,
     files: dict[str, FileRecord] | None = None,
     weights_only: bool = False,
+    not_before: float = 0.0,
 ) -> None:
     """Write the manifest of a folder that is otherwise complete, and wait until it is on the disk.
 
@@ -90,10 +92,11 @@ def write_manifest(
         progress: how far it has come.
         files: what `fingerprints` returns for the files of the folder; they are read now when it is not given.
         weights_only: nothing can resume from it.
+        not_before: the earliest time that it may say it was written at, whatever the clock says.
     """
     if files is None:
         files = fingerprints(checkpoint, file_names(checkpoint))
-    manifest = Manifest(topology, architecture_of(config), progress, files, time.time(), weights_only)
+    manifest = Manifest(topology, architecture_of(config), progress, files, max(time.time(), not_before), weights_only)
     temporary = checkpoint / f".{MANIFEST_NAME}"
     with open(temporary, "wb") as file:
         file.write(_render(asdict(manifest)).encode())
@@ -208,6 +211,15 @@ def checkpoints_of(output_dir: Path) -> list[Path]:
 
     folders = (path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir())
     return sorted((path for path in folders if path.name.removeprefix("checkpoint-").isdecimal()), key=age)
+
+
+def last_saved_at(output_dir: Path) -> float:
+    """Return the latest time at which a checkpoint of a run says it was written, 0 if there is none."""
+    times = [0.0]
+    for checkpoint in checkpoints_of(output_dir):
+        with contextlib.suppress(CheckpointError):
+            times.append(read_manifest(checkpoint).saved_at)
+    return max(times)
 
 
 def file_names(checkpoint: Path) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from ..configuration_moe import MoEConfig
 from ..errors import CheckpointError
 from .export_files import CARD_NAME
-from .manifest import EXPORT_NAME, fingerprints, read_manifest, resumed_part, verify
+from .manifest import EXPORT_NAME, checkpoints_of, fingerprints, read_manifest, resumed_part, verify
 from .sharded import ShardedCheckpoint
 from .source import SIDE_FILES, MoESource, open_model
 
@@ -27,6 +27,10 @@ def open_exportable(path: Path, on_file: Callable[[str], None] | None = None) ->
     """
     if (path / "config.json").is_file():
         return open_model(path)
+    if not path.is_dir():
+        raise CheckpointError(f"There is no folder {path}; give a checkpoint-N folder or one with a model.")
+    if checkpoints := checkpoints_of(path):
+        raise CheckpointError(f"{path} is a run; give one of its checkpoints, such as {checkpoints[0]}.")
     if resumed_part(read_manifest(path)) == "all":
         verify(path, part="all", on_file=on_file)
         return open_model(path / EXPORT_NAME)

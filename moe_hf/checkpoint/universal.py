@@ -5,16 +5,21 @@ cross ZeRO stages 2 and 3 nor switch AutoEP on or off. This one writes the same 
 names that the resuming engine gives its parameters.
 """
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from ..errors import CheckpointError
 from .folders import new_folder
+from .manifest import file_names, fingerprints
 from .sharded import ShardedCheckpoint
 
 TAG = "universal"
 BUFFERS_NAME = "buffers.pt"
+_FILES_NAME = "files.json"
 
 # What DeepSpeed's loader reads: these and the step.
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -59,6 +64,18 @@ def write_universal(
                 _write_parameter(checkpoint, name, zero, step, expert_parallel)
         _write_global_state(checkpoint, folder / TAG, step, expert_parallel)
         (folder / "latest_universal").write_text(TAG)
+        records = fingerprints(folder, file_names(folder))
+        (folder / _FILES_NAME).write_text(json.dumps({name: asdict(record) for name, record in records.items()}))
+
+
+def is_intact(folder: Path) -> bool:
+    """Return whether a conversion is there, and every file of it is as it was written."""
+    try:
+        recorded = json.loads((folder / _FILES_NAME).read_text())
+        found = fingerprints(folder, (name for name in file_names(folder) if name != _FILES_NAME))
+        return recorded == {name: asdict(record) for name, record in found.items()}
+    except (OSError, ValueError, CheckpointError):
+        return False
 
 
 def _write_parameter(

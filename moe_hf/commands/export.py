@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..errors import ConfigError
 from .convert import ARCHITECTURES, DTYPES
 
 
@@ -11,7 +12,9 @@ def add_parser(commands) -> None:
     parser = commands.add_parser("export", help="write a training checkpoint, or a model, in Hugging Face format")
     parser.add_argument("--checkpoint", required=True, help="checkpoint-N of a run, or a folder with a model")
     parser.add_argument("--output", required=True, help="new folder to write")
-    parser.add_argument("--to", default="moe_hf", metavar="ARCHITECTURE", help=", ".join(ARCHITECTURES))
+    parser.add_argument(
+        "--to", default="moe_hf", choices=ARCHITECTURES, metavar="ARCHITECTURE", help=", ".join(ARCHITECTURES)
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="of the written weights (default: the dtype of training)")
     parser.add_argument("--max-shard-size", default="5GB", help="largest file of weights (default: 5GB)")
     parser.set_defaults(run=_export)
@@ -22,13 +25,14 @@ def _export(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ..checkpoint.convert import write_model
-    from ..checkpoint.manifest import read_manifest
     from ..checkpoint.offline import open_exportable
 
     checkpoint, output = Path(arguments.checkpoint), Path(arguments.output)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    num_files = None if (checkpoint / "config.json").is_file() else len(read_manifest(checkpoint).files)
-    with tqdm(total=num_files, desc="verifying", unit="file", leave=False) as bar:
+    # Refused before a large checkpoint is read through.
+    if output.exists():
+        raise ConfigError(f"--output {output} is already there; give a new folder.")
+    with tqdm(desc="verifying", unit="file", leave=False) as bar:
         source = open_exportable(checkpoint, lambda name: bar.update())
     with tqdm(desc="exporting", unit="tensor") as bar:
         write_model(

@@ -215,6 +215,11 @@ def _check_flags(namespace: argparse.Namespace) -> None:
     if not (namespace.do_train or namespace.do_eval):
         raise ConfigError("Nothing to do: give --do_train, --do_eval or both.")
     check_hub_arguments(namespace)
+    if namespace.resume_from_checkpoint and namespace.train_sampling_strategy not in ("random", "sequential"):
+        raise ConfigError(
+            f"--train_sampling_strategy {namespace.train_sampling_strategy} orders the rows anew in each run, so that "
+            "resuming would repeat some and skip others; use random or sequential."
+        )
     if namespace.label_smoothing_factor:
         raise ConfigError(
             f"label_smoothing_factor={namespace.label_smoothing_factor} is not supported: the loss is the model's own; "

@@ -41,6 +41,13 @@ class DataPosition:
             after = end if ends_epoch else min(after, end)
         self.samples_seen = after
 
+    def steps_of_this_size(self, steps_per_epoch: int, otherwise: int) -> int:
+        """Return how many of this run's steps the position is worth, `otherwise` where an epoch has no known end."""
+        if not self._rows_of_epoch:
+            return otherwise
+        epochs, rows = divmod(self.samples_seen, self._rows_of_epoch)
+        return epochs * steps_per_epoch + rows // self.global_batch_size
+
     def place(self, accumulation_steps: int) -> tuple[int, int]:
         """Return what `place_in_data` says of this position and this run's batches."""
         return place_in_data(self.samples_seen, self._rows_of_epoch, self.global_batch_size, accumulation_steps)

@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
 from ..checkpoint.sharded import ShardedCheckpoint
-from ..checkpoint.universal import BUFFERS_NAME, MOMENTS, TAG, universal_folder, write_universal
+from ..checkpoint.universal import BUFFERS_NAME, MOMENTS, TAG, is_intact, universal_folder, write_universal
 from ..errors import CheckpointError, ConfigError, UserError
 from ..parallel.processes import raise_together, rank
 from ..parallel.restore import load_universal
@@ -43,7 +43,7 @@ def load_resharded(engine, checkpoint: Path, *, expert_parallel: bool) -> None:
         )
     folder = universal_folder(checkpoint, expert_parallel)
     error = None
-    if rank() == 0 and not folder.is_dir():
+    if rank() == 0 and not is_intact(folder):
         error = _convert(checkpoint, folder, expert_parallel)
     raise_together(error)
     buffers = torch.load(folder / TAG / BUFFERS_NAME, weights_only=True)

@@ -19,7 +19,15 @@ from typing import Any
 import torch.distributed as dist
 
 from ..checkpoint.folders import incomplete_name, make_empty, put_in_place, sync_to_disk
-from ..checkpoint.manifest import Progress, checkpoints_of, file_names, fingerprints, is_whole, write_manifest
+from ..checkpoint.manifest import (
+    Progress,
+    checkpoints_of,
+    file_names,
+    fingerprints,
+    is_whole,
+    last_saved_at,
+    write_manifest,
+)
 from ..checkpoint.topology import Topology
 from ..configuration_moe import MoEConfig
 from ..errors import CheckpointError, ConfigError, UserError
@@ -92,7 +100,9 @@ def finish(
 
     def put() -> None:
         in_order = {name: files[name] for name in sorted(files)}
-        write_manifest(written, topology, config, progress, files=in_order, weights_only=weights_only)
+        # What is written now is the newest, also after the clock was set back.
+        after = last_saved_at(checkpoint.parent) + 1e-3
+        write_manifest(written, topology, config, progress, files=in_order, weights_only=weights_only, not_before=after)
         put_in_place(written, checkpoint)
         shutil.rmtree(written.parent, ignore_errors=True)
 

@@ -1,5 +1,6 @@
 """The Trainer: token-exact losses, complete exports, checkpoints that know their topology, no silent NaN."""
 
+import math
 import os
 import signal
 from pathlib import Path
@@ -127,6 +128,18 @@ class MoETrainer(Trainer):
         load_resharded(self.deepspeed, checkpoint, expert_parallel=autoep_enabled(self._deepspeed_json))
         schedule = torch.load(checkpoint / SCHEDULER_NAME, weights_only=True)
         continue_schedule(self.lr_scheduler, self.optimizer, schedule)
+
+    def set_initial_training_values(self, args, dataloader):
+        """As in `Trainer`, where steps that a checkpoint has made with another batch size count by their rows."""
+        epochs, steps_per_epoch, *others, max_steps = super().set_initial_training_values(args, dataloader)
+        if self._resumed is not None and not args.ignore_data_skip:
+            step = self._resumed.progress.step
+            surplus = step - self._position.steps_of_this_size(steps_per_epoch, otherwise=step)
+            if args.max_steps > 0:
+                epochs = max(1, math.ceil((max_steps - surplus) / steps_per_epoch))
+            else:
+                max_steps += surplus
+        return epochs, steps_per_epoch, *others, max_steps
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial

@@ -19,6 +19,7 @@ from moe_hf.checkpoint.manifest import (
     file_names,
     fingerprints,
     is_whole,
+    last_saved_at,
     newest_whole,
     read_manifest,
     resumed_part,
@@ -279,3 +280,15 @@ def test_weights_alone_cannot_be_resumed(run, monkeypatch):
     write_manifest(run / "checkpoint-12", LAYOUT, small_config(), PROGRESS, weights_only=True)
     assert names(checkpoints_of(run))[0] == "checkpoint-12" and is_whole(run / "checkpoint-12")
     assert newest_whole(run) == run / "checkpoint-5"
+
+
+def test_a_clock_that_was_set_back_does_not_make_a_checkpoint_older(tmp_path):
+    """What was written last is the newest, which is never deleted and which a run goes on from."""
+    assert last_saved_at(tmp_path) == 0
+    config, layout = small_config(), Topology(1, 0, -1, "float32")
+    for step, not_before in ((10, 4e9), (20, 4e9 + 1)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        write_manifest(folder, layout, config, Progress(step=step), not_before=not_before)
+    assert last_saved_at(tmp_path) == 4e9 + 1
+    assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-20", "checkpoint-10"]

@@ -188,7 +188,11 @@ def test_what_is_neither_is_refused(tmp_path):
     assert refusal(open_exportable, tmp_path) == (
         f"{tmp_path} has no manifest.json, so it is not a whole checkpoint of run_clm_moe.py."
     )
-    assert "has no manifest.json" in refusal(open_exportable, tmp_path / "absent")
+    assert refusal(open_exportable, tmp_path / "absent").startswith(f"There is no folder {tmp_path / 'absent'};")
+    (tmp_path / "checkpoint-3").mkdir()
+    assert f"is a run; give one of its checkpoints, such as {tmp_path / 'checkpoint-3'}." in refusal(
+        open_exportable, tmp_path
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------

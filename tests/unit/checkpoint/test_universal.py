@@ -253,3 +253,25 @@ def test_tensors_are_not_kept(tmp_path, checkpoint, monkeypatch):
     monkeypatch.setattr(checkpoint, "read", watched)
     write_universal(checkpoint, tmp_path / "out", expert_parallel=True)
     assert len(living) == len(checkpoint.shapes) * (1 + len(MOMENTS))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "add"])
+def test_a_damaged_conversion_is_not_taken_for_whole(checkpoint, damage):
+    folder = universal_folder(checkpoint.path, False)
+    assert not universal.is_intact(folder)
+    write_universal(checkpoint, folder, expert_parallel=False)
+    assert universal.is_intact(folder)
+    path = folder / TAG / "zero" / "lm_head.weight" / "exp_avg.pt"
+    content = path.read_bytes()
+    match damage:
+        case "flip":
+            path.write_bytes(content[:-200] + bytes([content[-200] ^ 1]) + content[-199:])
+        case "cut":
+            path.write_bytes(content[:-1])
+        case "remove":
+            path.unlink()
+        case "add":
+            path.with_name("exp_avg_extra.pt").write_bytes(content)
+    assert not universal.is_intact(folder)
+    write_universal(checkpoint, folder, expert_parallel=False)
+    assert universal.is_intact(folder)

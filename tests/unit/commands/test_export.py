@@ -97,14 +97,13 @@ def test_what_cannot_be_done_is_one_sentence(tmp_path, checkpoint, capsys):
     out = tmp_path / "out"
     mistakes = {
         ("--output", tmp_path / "there"): f"--output {tmp_path / 'there'} is already there; give a new folder.",
-        ("--output", out, "--to", "gpt2"): "'gpt2' cannot be converted; known are moe_hf, ",
         ("--output", out, "--max-shard-size", "x"): "--max-shard-size x is not a size such as 500MB or 5GB.",
     }
     for words, sentence in mistakes.items():
         code, printed, err = exported(capsys, "--checkpoint", checkpoint, *words)
         assert (code, printed) == (2, "") and err.startswith(f"error: {sentence}")
     code, printed, err = exported(capsys, "--checkpoint", tmp_path / "absent", "--output", out)
-    assert (code, printed) == (2, "") and err.startswith(f"error: {tmp_path / 'absent'} has no manifest.json")
+    assert (code, printed) == (2, "") and err.startswith(f"error: There is no folder {tmp_path / 'absent'};")
     shard = next((checkpoint / f"global_step{STEP}").glob("*rank_2*optim_states.pt"))
     shard.write_bytes(shard.read_bytes()[:-7])
     code, printed, err = exported(capsys, "--checkpoint", checkpoint, "--output", out)

@@ -754,3 +754,31 @@ def test_presets_are_listed(capsys):
     cli.main(["presets"])
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("quickstart")]
     assert line.split() == ["quickstart", "4,625,344", "3,298,240", "4", "(2)", "8", "2"]
+
+
+@pytest.mark.parametrize(("batch", "last"), [(8, 15), (2, 42), (4, 24)])
+def test_epochs_end_where_they_end_with_another_batch_size(lab, batch, last):
+    """48 rows, twice: 24 of them were read by 6 steps of 4 rows, and 72 are left."""
+    two_epochs = {"max_steps": -1, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 6}
+    if not (lab.folder / "four_rows").exists():
+        lab.train("four_rows", **two_epochs)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    start = lab.folder / "four_rows" / "checkpoint-6"
+    name = f"{batch}_rows"
+    lab.train(name, **two_epochs | {"per_device_train_batch_size": batch, "resume_from_checkpoint": start})
+    steps = lab.steps(name)
+    assert steps[-1]["step"] == last and steps[-1]["epoch"] == 2.0
+    assert steps[-1]["learning_rate"] == pytest.approx(1e-3 / last, rel=1e-6)
+
+
+def test_steps_are_those_asked_for_with_another_batch_size(lab):
+    lab.train("few", save_strategy="steps", save_steps=3)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    start = lab.folder / "few" / "checkpoint-6"
+    lab.train("more", max_steps=9, per_device_train_batch_size=2, resume_from_checkpoint=start)
+    assert [entry["step"] for entry in lab.steps("more")] == list(range(1, 10))
+
+
+def test_an_order_that_cannot_be_resumed_is_refused(lab):
+    with pytest.raises(ConfigError, match="--train_sampling_strategy group_by_length orders the rows anew in each run"):
+        lab.train("by_length", train_sampling_strategy="group_by_length", resume_from_checkpoint="auto")
