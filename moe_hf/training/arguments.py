@@ -13,6 +13,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from ..errors import ConfigError, UserError
 from .argument_files import EXTENSIONS, read_argument_file
 from .data_arguments import DataArguments
+from .router_arguments import RouterArguments
 
 
 @dataclass
@@ -44,7 +45,7 @@ class ModelArguments:
 
 
 @dataclass
-class MoETrainingArguments(TrainingArguments):
+class MoETrainingArguments(RouterArguments, TrainingArguments):
     """`TrainingArguments` with what expert parallelism needs, and defaults that hide nothing."""
 
     expert_parallel_size: int | None = field(
@@ -83,6 +84,7 @@ class MoETrainingArguments(TrainingArguments):
             self.use_cpu = True
         if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", self.max_shard_size, re.IGNORECASE):
             raise ConfigError(f'max_shard_size={self.max_shard_size} must be a number of KB, MB, GB or TB, like "5GB".')
+        self.check_router_arguments()
         super().__post_init__()
         if self.gradient_checkpointing or getattr(self, "activation_checkpointing", None):
             self._forbid_reentrant_checkpointing()
