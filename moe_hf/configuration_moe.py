@@ -9,6 +9,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
+from .router_rules import check_router, check_router_values
+
 # Keys that Transformers itself writes into config.json or passes to a config besides its declared fields.
 _TRANSFORMERS_KEYS = {
     "attn_implementation",
@@ -78,16 +80,29 @@ class MoEConfig(PreTrainedConfig):
         topk_group (`int`, defaults to 1): groups, the best ones, among whose experts a token may choose.
         group_scoring_func (`str`, defaults to `"top2_sum"`): what a group is worth: `"top2_sum"`, the sum of its two
             best scores (DeepSeek-V3), or `"max"`, the best one (DeepSeek-V2).
+        topk_before_softmax (`bool`, defaults to `False`): take the softmax over the k largest logits (Mixtral) instead
+            of the k largest of a softmax over all (Switch, GShard).
         router_balancing (`str`, defaults to `"aux_loss"`): how the load is balanced: `"aux_loss"` adds the
             load-balancing loss to the loss; `"loss_free"` adds a bias to the scores for the choice only, the buffer
-            `e_score_correction_bias`, which training moves against the load (arXiv 2408.15664); `"none"` leaves it.
+            `e_score_correction_bias`, which training moves against the load (arXiv 2408.15664); `"sinkhorn"` chooses
+            by a balanced assignment of the rank's tokens in training, plainly otherwise (S-BASE, arXiv 2202.01169);
+            `"expert_choice"` lets experts choose tokens, which is not causal (arXiv 2202.09368); `"none"` leaves it.
+        sinkhorn_iterations (`int`, defaults to 8): normalisations of rows and columns with `"sinkhorn"`.
         router_bias_update_speed (`float`, defaults to 0.001): by how much `"loss_free"` moves each expert's bias at
             every optimizer step.
         router_aux_loss_coef (`float`, defaults to 0.01): weight of the load-balancing loss of each sparse layer;
-            counts with `router_balancing="aux_loss"` only.
+            counts with `router_balancing="aux_loss"`, and with `"loss_free"` in the scope `"sequence"`.
         router_aux_loss_scope (`str`, defaults to `"global"`): `"global"` counts the load over all data-parallel
-            ranks, `"local"` over the tokens of one rank.
+            ranks, `"local"` over the tokens of one rank, `"sequence"` over each sequence by itself, also beside
+            `router_balancing="loss_free"` (DeepSeek-V3's complementary loss, arXiv 2412.19437, with weight 0.0001).
         router_z_loss_coef (`float`, defaults to 0.001): weight of the router z-loss of each sparse layer.
+        router_jitter_noise (`float`, defaults to 0.0): in training, multiply the router's input by uniform noise
+            between 1 - this and 1 + this (Switch, arXiv 2101.03961).
+        expert_capacity_factor (`float`, *optional*): in training, an expert of a layer takes at most this times its
+            even share of one rank's micro-batch; the tokens beyond are carried by the residual alone. Dropless when
+            not given. With `"expert_choice"` it is what every expert takes, 1 when not given.
+        token_drop_policy (`str`, defaults to `"probability"`): whom an expert takes first: `"probability"`, the largest
+            routing weights, or `"position"`, first choices in the order of the tokens, then second ones (GShard).
         output_router_logits (`bool`, defaults to `False`): return the router logits. The losses do not depend on it.
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
         rms_norm_eps (`float`, defaults to 1e-6): epsilon of every RMSNorm.
@@ -104,6 +119,10 @@ class MoEConfig(PreTrainedConfig):
         "z_loss",
         "layer_aux_losses",
         "layer_z_losses",
+        "tokens_per_expert",
+        "dropped_assignments",
+        "router_entropy",
+        "router_logit_max",
     ]
     attribute_map = {"num_local_experts": "num_experts"}
 
@@ -165,14 +184,19 @@ class MoEConfig(PreTrainedConfig):
     norm_topk_prob: bool = True
     routed_scaling_factor: float | int = 1.0
     scoring_func: str = "softmax"
+    topk_before_softmax: bool = False
     n_group: int = 1
     topk_group: int = 1
     group_scoring_func: str = "top2_sum"
     router_balancing: str = "aux_loss"
+    sinkhorn_iterations: int = 8
     router_bias_update_speed: float | int = 0.001
     router_aux_loss_coef: float | int = 0.01
     router_aux_loss_scope: str = "global"
     router_z_loss_coef: float | int = 0.001
+    router_jitter_noise: float | int = 0.0
+    expert_capacity_factor: float | int | None = None
+    token_drop_policy: str = "probability"
     output_router_logits: bool = False
     initializer_range: float | int = 0.02
     rms_norm_eps: float | int = 1e-6
@@ -242,6 +266,12 @@ class MoEConfig(PreTrainedConfig):
         return ["sparse" if i in sparse else "dense" for i in range(num_layers)]
 
     @property
+    def has_balancing_loss(self) -> bool:
+        """Whether the load-balancing loss is part of the loss, with `router_aux_loss_coef`."""
+        complements = self.router_balancing == "loss_free" and self.router_aux_loss_scope == "sequence"
+        return self.num_sparse_layers > 0 and (self.router_balancing == "aux_loss" or complements)
+
+    @property
     def num_sparse_layers(self) -> int:
         """Number of mixture-of-experts layers."""
         return self.mlp_layer_types.count("sparse")
@@ -282,20 +312,12 @@ class MoEConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in (
-            "router_aux_loss_coef",
-            "router_z_loss_coef",
-            "router_bias_update_speed",
-            "initializer_range",
-            "shared_expert_intermediate_size",
-        ):
+        for name in ("initializer_range", "shared_expert_intermediate_size"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}={value} must be a finite number that is not negative.")
-        for name in ("rms_norm_eps", "routed_scaling_factor"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}={value} must be a finite number above 0.")
+        if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps > 0):
+            raise ValueError(f"rms_norm_eps={self.rms_norm_eps} must be a finite number above 0.")
         if not 0.0 <= self.attention_dropout < 1.0:
             raise ValueError(f"attention_dropout={self.attention_dropout} must be at least 0 and below 1.")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -303,14 +325,11 @@ class MoEConfig(PreTrainedConfig):
             for token in value if isinstance(value, list) else [value]:
                 if token is not None and not 0 <= token < self.vocab_size:
                     raise ValueError(f"{name}={value} must lie in the vocabulary, below vocab_size={self.vocab_size}.")
+        check_router_values(self)
         choices = {
             "hidden_act": ("silu",),
             "qk_norm_scope": ("head", "full"),
             "attention_gate": (None, "headwise", "elementwise"),
-            "scoring_func": ("softmax", "sigmoid"),
-            "group_scoring_func": ("top2_sum", "max"),
-            "router_balancing": ("aux_loss", "loss_free", "none"),
-            "router_aux_loss_scope": ("global", "local"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -397,28 +416,10 @@ class MoEConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} must be between 1 and num_experts={self.num_experts}."
             )
-        self._check_groups()
+        check_router(self)
         if self.shared_expert_gate and self.shared_expert_intermediate_size == 0:
             raise ValueError(
                 "shared_expert_gate=True needs a shared expert; set shared_expert_intermediate_size above 0."
-            )
-
-    def _check_groups(self) -> None:
-        num_experts, n_group, topk_group = self.num_experts, self.n_group, self.topk_group
-        if n_group < 1 or num_experts % n_group:
-            raise ValueError(f"n_group={n_group} must be at least 1 and divide num_experts={num_experts}.")
-        if not 1 <= topk_group <= n_group:
-            raise ValueError(f"topk_group={topk_group} must be between 1 and n_group={n_group}.")
-        group_size = num_experts // n_group
-        if n_group > 1 and group_size < 2 and self.group_scoring_func == "top2_sum":
-            raise ValueError(
-                f"group_scoring_func='top2_sum' needs at least 2 experts in each group, but n_group={n_group} leaves "
-                f"{group_size} of num_experts={num_experts}; use fewer groups, or 'max'."
-            )
-        if topk_group * group_size < self.num_experts_per_tok:
-            raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} is more than the {topk_group * group_size} experts in "
-                f"the groups that topk_group={topk_group} of n_group={n_group} keeps; raise topk_group."
             )
 
 

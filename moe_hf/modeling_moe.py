@@ -5,10 +5,12 @@ Shape letters: B batch, S sequence, T = B * S tokens, H hidden size, E experts, 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -24,7 +26,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_moe import MoEConfig
-from .routing import MoERouter, RouterTap, StatisticsReducer, count_layer_assignments, router_losses
+from .router_losses import StatisticsReducer, count_layers, router_losses, router_statistics
+from .routing import ExpertChoiceRouter, MoERouter, RouterTap
 
 
 @use_experts_implementation
@@ -85,7 +88,8 @@ class MoESparseBlock(nn.Module):
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
-        self.gate = MoERouter(config)
+        self.expert_choice = config.router_balancing == "expert_choice"
+        self.gate = ExpertChoiceRouter(config) if self.expert_choice else MoERouter(config)
         self.experts = MoEExperts(config)
         width = config.shared_expert_intermediate_size
         self.shared_experts = MoEMLP(config, width) if width else None
@@ -93,14 +97,25 @@ class MoESparseBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        top_k_weights, top_k_index, _ = self.gate(tokens)
-        output = self.experts(tokens, top_k_index, top_k_weights)
+        output = self._run_chosen_tokens(tokens) if self.expert_choice else self._run_chosen_experts(tokens)
         if self.shared_experts is not None:
             shared = self.shared_experts(tokens)
             if self.shared_experts_gate is not None:
                 shared = self.shared_experts_gate(tokens).sigmoid() * shared
             output = output + shared
         return output.view_as(hidden_states)
+
+    def _run_chosen_experts(self, tokens: torch.Tensor) -> torch.Tensor:
+        top_k_weights, top_k_index, _ = self.gate(tokens)
+        return self.experts(tokens, top_k_index, top_k_weights)
+
+    def _run_chosen_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        weights, token_index = self.gate(tokens)
+        # Every row is a token of one expert, so that any implementation of the experts can compute them.
+        experts = torch.arange(len(token_index), device=tokens.device)[:, None].expand_as(token_index)
+        chosen = token_index.reshape(-1)
+        rows = self.experts(tokens[chosen], experts.reshape(-1, 1), weights.reshape(-1, 1))
+        return torch.zeros_like(tokens).index_add_(0, chosen, rows.to(tokens.dtype))
 
 
 class MoERMSNorm(nn.Module):
@@ -190,6 +205,13 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class AttentionTap(nn.Module):
+    """Identity through which queries `(B, heads, S, D)` and keys `(B, key heads, S, D)` pass, for forward hooks."""
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return query, key
+
+
 class MoEAttention(nn.Module):
     """Grouped-query attention with rotary positions, optional QK-norm and optional sigmoid output gate."""
 
@@ -214,6 +236,7 @@ class MoEAttention(nn.Module):
         if config.attention_gate is not None:
             gate_size = q_size if config.attention_gate == "elementwise" else config.num_attention_heads
             self.gate_proj = nn.Linear(config.hidden_size, gate_size, bias=False)
+        self.tap = AttentionTap()
 
     def forward(
         self,
@@ -226,7 +249,7 @@ class MoEAttention(nn.Module):
         input_shape = hidden_states.shape[:-1]
         query, key = self._project_normalized(hidden_states)
         value = self.v_proj(hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
-        query, key = (apply_rotary_pos_emb(x, *position_embeddings) for x in (query, key))
+        query, key = self.tap(*(apply_rotary_pos_emb(x, *position_embeddings) for x in (query, key)))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -274,23 +297,46 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
 
 @dataclass
 class MoEModelOutput(MoeModelOutputWithPast):
-    """`MoeModelOutputWithPast` with `router_indices`: for each sparse layer the `(T, K)` experts chosen."""
+    """`MoeModelOutputWithPast` with what each sparse layer's router has chosen.
+
+    `router_indices` are the `(T, K)` experts; with `router_balancing="expert_choice"` `(T, E)`, where `num_experts`
+    stands for none. `router_drops` are `(T, K)` bool, `True` where the expert had no room, or `None` without capacity.
+    """
 
     router_indices: tuple[torch.LongTensor, ...] | None = None
+    router_drops: tuple[torch.BoolTensor | None, ...] | None = None
 
 
 @dataclass
 class MoECausalLMOutput(MoeCausalLMOutputWithPast):
     """Output of `MoEForCausalLM`; `loss = ce_loss + router_aux_loss_coef * aux_loss + router_z_loss_coef * z_loss`.
 
-    Without `router_balancing="aux_loss"` the loss has no part of `aux_loss`, which then only tells of the balance.
+    Where no balancing loss is asked for, the loss has no part of `aux_loss`, which then only tells of the balance.
     `aux_loss` and `z_loss` are the sums of the per-layer `layer_aux_losses` and `layer_z_losses`, each `(L,)`.
+
+    `tokens_per_expert` `(L, B, E)` counts the assignments of each sequence's unmasked tokens, and
+    `dropped_assignments` `(L, B)` those among them for which the expert had no room (`None` without a capacity).
+    `router_entropy` and `router_logit_max`, each `(L,)`, are described in `router_statistics`.
     """
 
     ce_loss: torch.FloatTensor | None = None
     z_loss: torch.FloatTensor | None = None
     layer_aux_losses: torch.FloatTensor | None = None
     layer_z_losses: torch.FloatTensor | None = None
+    tokens_per_expert: torch.LongTensor | None = None
+    dropped_assignments: torch.LongTensor | None = None
+    router_entropy: torch.FloatTensor | None = None
+    router_logit_max: torch.FloatTensor | None = None
+
+
+def keep_choices() -> tuple:
+    """Let recomputation reuse the experts that the first forward pass has chosen, instead of choosing anew.
+
+    Sums in another order, as on a GPU, can turn a choice between nearly equal scores: the gradients would then belong
+    to experts that have not made the output. Kept is what every choice comes from, the results of top-k and sort.
+    """
+    choices = [torch.ops.aten.topk.default, torch.ops.aten.sort.stable]
+    return create_selective_checkpoint_contexts(choices)
 
 
 class MoEPreTrainedModel(PreTrainedModel):
@@ -310,6 +356,7 @@ class MoEPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {
         "router_logits": OutputRecorder(RouterTap, index=0),
         "router_indices": OutputRecorder(RouterTap, index=1),
+        "router_drops": OutputRecorder(RouterTap, index=2),
         "hidden_states": MoEDecoderLayer,
         "attentions": MoEAttention,
     }
@@ -318,6 +365,14 @@ class MoEPreTrainedModel(PreTrainedModel):
         # `from_pretrained` sets overrides after the configuration was validated.
         config.validate_architecture()
         super().__init__(config, *args, **kwargs)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs
+    ) -> None:
+        settings = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and settings.get("use_reentrant") is False and "context_fn" not in settings:
+            gradient_checkpointing_func = partial(gradient_checkpointing_func, context_fn=keep_choices)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -431,6 +486,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
+        output_router_statistics: bool = False,
         logits_to_keep: int | torch.Tensor = 0,
         num_tokens_in_batch: torch.Tensor | float | None = None,
         **kwargs,
@@ -439,10 +495,10 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
 
         Args:
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): -100 is ignored. The router losses
-                are part of `loss` whenever their coefficients are not 0 (the balancing loss with
-                `router_balancing="aux_loss"` only).
+                are part of `loss` whenever they are asked for by `router_balancing` and their coefficients.
             output_router_logits (`bool`): return `router_logits`, one `(batch_size * sequence_length, num_experts)`
                 tensor for each sparse layer.
+            output_router_statistics (`bool`): with `labels`, return `router_entropy` and `router_logit_max`.
             logits_to_keep (`int` or `torch.Tensor`): compute logits for the last n positions only, 0 for all.
             num_tokens_in_batch (`torch.Tensor` or `float`): unmasked tokens of the whole batch, over all ranks and
                 accumulation steps; with `num_items_in_batch` the loss is this micro-batch's additive share.
@@ -451,7 +507,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        needs_router_losses = labels is not None and self._has_router_losses()
+        describes_routing = labels is not None and self.config.num_sparse_layers > 0
         counts_assignments = self._counts_assignments()
         outputs: MoEModelOutput = self.model(
             input_ids=input_ids,
@@ -460,8 +516,9 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_logits=output_router_logits or needs_router_losses,
-            output_router_indices=needs_router_losses or counts_assignments,
+            output_router_logits=output_router_logits or describes_routing,
+            output_router_indices=describes_routing or counts_assignments,
+            output_router_drops=describes_routing,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -478,72 +535,94 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
         )
+        if describes_routing or counts_assignments:
+            token_mask = self._token_mask(outputs, attention_mask)
+            tokens_per_expert = count_layers(outputs.router_indices, self.config.num_experts, token_mask)
         if counts_assignments:
-            self._add_assignment_counts(outputs, attention_mask)
-        if needs_router_losses:
+            # From what was recorded, not inside the router: recomputation calls that a second time.
+            counts, earlier = tokens_per_expert.sum(dim=1), self.assignment_counts
+            self.assignment_counts = counts if earlier is None else earlier + counts
+        if describes_routing:
+            self._describe_routing(result, outputs, token_mask, tokens_per_expert, output_router_statistics)
             if num_tokens_in_batch is None and kwargs.get("num_items_in_batch") is not None:
-                num_tokens_in_batch = self._estimate_num_tokens(outputs, labels, kwargs["num_items_in_batch"])
-            self._add_router_losses(result, outputs, attention_mask, num_tokens_in_batch)
+                num_tokens_in_batch = self._estimate_num_tokens(token_mask, labels, kwargs["num_items_in_batch"])
+            self._add_router_losses(result, outputs, token_mask, num_tokens_in_batch)
         return result
 
+    def generate(self, *args, **kwargs):
+        """As in `GenerationMixin`.
+
+        Raises:
+            ValueError: the model's experts choose their tokens.
+        """
+        if self.config.num_sparse_layers and self.config.router_balancing == "expert_choice":
+            raise ValueError(
+                "router_balancing='expert_choice' cannot generate: which tokens an expert takes depends on later ones, "
+                "which are not there yet; train with another method to generate."
+            )
+        return super().generate(*args, **kwargs)
+
     @staticmethod
-    def _estimate_num_tokens(outputs: MoEModelOutput, labels: torch.Tensor, num_items_in_batch) -> torch.Tensor:
+    def _estimate_num_tokens(token_mask: torch.Tensor, labels: torch.Tensor, num_items_in_batch) -> torch.Tensor:
         """Take the share that a micro-batch has of the batch's labels for its share of the tokens.
 
         For a plain `Trainer`, which counts labels only; `moe_hf`'s own counts the tokens.
         """
-        num_tokens = outputs.last_hidden_state.shape[:2].numel()
         num_items = (labels[:, 1:] != -100).sum()
-        return num_tokens * num_items_in_batch / num_items.clamp(min=1e-9)
+        return token_mask.numel() * num_items_in_batch / num_items.clamp(min=1e-9)
 
     @staticmethod
     def _token_mask(outputs: MoEModelOutput, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """Return `(T,)` bool, `False` on padding."""
-        batch_size, sequence_length = outputs.last_hidden_state.shape[:2]
-        if attention_mask is not None and attention_mask.shape == (batch_size, sequence_length):
-            return attention_mask.reshape(-1).bool()
-        return torch.ones(batch_size * sequence_length, dtype=torch.bool, device=outputs.last_hidden_state.device)
+        """Return `(B, S)` bool, `False` on padding."""
+        shape = outputs.last_hidden_state.shape[:2]
+        if attention_mask is not None and attention_mask.shape == shape:
+            return attention_mask.bool()
+        return torch.ones(shape, dtype=torch.bool, device=outputs.last_hidden_state.device)
 
     def _counts_assignments(self) -> bool:
         """Whether this is a forward pass of training that the routers' biases are to be moved by."""
         moves_biases = self.config.router_balancing == "loss_free" and self.config.num_sparse_layers > 0
         return moves_biases and self.training and torch.is_grad_enabled()
 
-    @torch.no_grad()
-    def _add_assignment_counts(self, outputs: MoEModelOutput, attention_mask: torch.Tensor | None) -> None:
-        # From what was recorded, not inside the router: recomputation calls that a second time.
-        token_mask = self._token_mask(outputs, attention_mask)
-        counts = count_layer_assignments(outputs.router_indices, self.config.num_experts, token_mask)
-        self.assignment_counts = counts if self.assignment_counts is None else self.assignment_counts + counts
-
-    def _has_router_losses(self) -> bool:
-        config = self.config
-        # Without a balancing loss it still tells how well the biases balance.
-        balances = {"aux_loss": bool(config.router_aux_loss_coef), "loss_free": True, "none": False}
-        return bool(config.num_sparse_layers and (balances[config.router_balancing] or config.router_z_loss_coef))
+    def _describe_routing(
+        self,
+        result: MoECausalLMOutput,
+        outputs: MoEModelOutput,
+        token_mask: torch.Tensor,
+        tokens_per_expert: torch.Tensor,
+        with_statistics: bool,
+    ) -> None:
+        result.tokens_per_expert = tokens_per_expert
+        if outputs.router_drops:
+            drops = (dropped.to(token_mask.device).sum(dim=-1) for dropped in outputs.router_drops)
+            result.dropped_assignments = torch.stack([(n.view_as(token_mask) * token_mask).sum(dim=-1) for n in drops])
+        if with_statistics:
+            statistics = router_statistics(outputs.router_logits, token_mask, self.config.scoring_func)
+            result.router_entropy, result.router_logit_max = statistics
 
     def _add_router_losses(
         self,
         result: MoECausalLMOutput,
         outputs: MoEModelOutput,
-        attention_mask: torch.Tensor | None,
+        token_mask: torch.Tensor,
         num_tokens_in_batch: torch.Tensor | float | None,
     ) -> None:
-        # Evaluation uses local statistics: ranks with uneven batches must never wait for each other.
-        reduces = self.training and self.config.router_aux_loss_scope == "global"
+        config = self.config
         losses = router_losses(
             outputs.router_logits,
-            outputs.router_indices,
-            self._token_mask(outputs, attention_mask),
+            result.tokens_per_expert,
+            token_mask,
+            scope=config.router_aux_loss_scope,
             num_tokens_in_batch=num_tokens_in_batch,
-            reduce_statistics=self.reduce_router_statistics if reduces else None,
-            scoring_func=self.config.scoring_func,
+            # Evaluation uses local statistics: ranks with uneven batches must never wait for each other.
+            reduce_statistics=self.reduce_router_statistics if self.training else None,
+            scoring_func=config.scoring_func,
         )
         result.aux_loss, result.z_loss = losses.aux.sum(), losses.z.sum()
         result.layer_aux_losses, result.layer_z_losses = losses.aux.detach(), losses.z.detach()
-        weighted = self.config.router_z_loss_coef * result.z_loss
-        if self.config.router_balancing == "aux_loss":
-            weighted = self.config.router_aux_loss_coef * result.aux_loss + weighted
+        weighted = config.router_z_loss_coef * result.z_loss
+        if config.has_balancing_loss:
+            weighted = config.router_aux_loss_coef * result.aux_loss + weighted
         result.loss = result.loss + weighted.to(result.loss.device)
 
 

@@ -1,18 +1,14 @@
-"""Top-k routing of tokens to experts and the losses that shape it.
+"""The routers: which experts a token visits, and with which weights.
 
-Shape letters: T tokens of one micro-batch on one rank, H hidden size, E experts, K experts per token, L sparse layers.
+Shape letters: T tokens of one micro-batch on one rank, H hidden size, E experts, K experts per token, C capacity.
 """
-
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.utils.generic import maybe_autocast
 
-# Sums an integer tensor over the data-parallel ranks; the identity when there is one.
-StatisticsReducer = Callable[[torch.Tensor], torch.Tensor]
+from .router_selection import drop_beyond_capacity, expert_capacity, keep_best_groups, sinkhorn
 
 
 class RouterTap(nn.Module):
@@ -22,35 +18,41 @@ class RouterTap(nn.Module):
     the router sits in a plain block or inside DeepSpeed's expert-parallel layer.
     """
 
-    def forward(self, router_logits: torch.Tensor, top_k_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return router_logits, top_k_index
+    def forward(
+        self, router_logits: torch.Tensor, top_k_index: torch.Tensor, dropped: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return router_logits, top_k_index, dropped
 
 
 class MoERouter(nn.Module):
-    """Choose K experts for every token and weigh their outputs.
+    r"""Choose K experts for every token and weigh their outputs.
 
-    Scores are a softmax over all experts, taken before the top-k (Shazeer et al. 2017, arXiv 1701.06538, with the
-    order used by Mixtral and Qwen3-MoE), or a sigmoid of each logit (DeepSeek-V3, arXiv 2412.19437, eq. 15). All
-    arithmetic is float32: rounded logits unbalance training.
+    Scores are a softmax over all experts (Shazeer et al. 2017, arXiv 1701.06538) or a sigmoid of each logit
+    (DeepSeek-V3, arXiv 2412.19437, eq. 15). The K largest are chosen; their scores are the weights, divided by their
+    sum with `norm_topk_prob`. With `topk_before_softmax` the softmax is taken over the K largest logits alone (Mixtral,
+    arXiv 2401.04088, sec. 2.1): the same weights as with `norm_topk_prob`, up to rounding. All arithmetic is float32:
+    rounded logits unbalance training.
 
-    With `router_balancing="loss_free"` there is a buffer `e_score_correction_bias` `(E,)`, added to the scores for the
-    choice only (eq. 16). It stays float32 whatever the module is cast to: at 16 bits its small steps would be lost.
+    `router_balancing` may change the choice, never the weights:
+
+    - `"loss_free"`: a buffer `e_score_correction_bias` `(E,)` is added to the scores (arXiv 2412.19437, eq. 16). It
+      stays float32 whatever the module is cast to: at 16 bits its small steps would be lost.
+    - `"sinkhorn"`: in training the K largest entries of the token's row in a balanced plan are taken (`sinkhorn`).
+
+    In training an expert may have a capacity (`expert_capacity_factor`): assignments beyond it get the weight 0, so
+    that the token is carried on by the residual alone, and keep their index, as expert parallelism needs.
+    `router_jitter_noise` multiplies what the router sees, in training, by numbers drawn uniformly from
+    `[1 - eps, 1 + eps]` (Switch Transformers, arXiv 2101.03961, sec. 2.2).
 
     Args:
-        config (`MoEConfig`): reads `hidden_size`, `num_experts`, `num_experts_per_tok`, `norm_topk_prob`,
-            `routed_scaling_factor`, `scoring_func`, `n_group`, `topk_group`, `group_scoring_func` and
-            `router_balancing`.
+        config (`MoEConfig`): its fields on scores, choice, balancing, noise and capacity.
     """
 
     def __init__(self, config) -> None:
         super().__init__()
+        self.config = config
         self.top_k = config.num_experts_per_tok
         self.num_experts = config.num_experts
-        self.norm_topk_prob = config.norm_topk_prob
-        self.routed_scaling_factor = config.routed_scaling_factor
-        self.scoring_func = config.scoring_func
-        self.n_group, self.topk_group = config.n_group, config.topk_group
-        self.group_scoring_func = config.group_scoring_func
         has_bias = config.router_balancing == "loss_free"
         bias = torch.zeros(self.num_experts, dtype=torch.float32) if has_bias else None
         self.register_buffer("e_score_correction_bias", bias)
@@ -71,25 +73,60 @@ class MoERouter(nn.Module):
             `top_k_weights` `(T, K)` float32, `top_k_index` `(T, K)` int64 and `tokens_per_expert` `(E,)` int32: what
             DeepSpeed's expert-parallel layer unpacks from its router.
         """
-        with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
-            router_logits = F.linear(hidden_states.float(), self.weight.float())
-        scores = router_logits.softmax(dim=-1) if self.scoring_func == "softmax" else router_logits.sigmoid()
-        top_k_index = self._choose(scores.detach(), expert_bias)
+        router_logits = self.compute_logits(hidden_states)
+        scores = self.compute_scores(router_logits)
+        top_k_index = self._choose(router_logits.detach(), scores.detach(), expert_bias)
+        top_k_weights = self._weigh(router_logits, scores, top_k_index)
+        dropped = self._drop(top_k_weights.detach(), top_k_index)
         # The scores are not recorded but recomputed by the losses: one (T, E) tensor less is kept per layer.
-        _, top_k_index = self.tap(router_logits, top_k_index)
-        top_k_weights = scores.gather(-1, top_k_index)
-        if self.norm_topk_prob:
-            # Biases can choose experts whose scores all underflow to 0.
-            top_k_weights = top_k_weights / (top_k_weights.sum(dim=-1, keepdim=True) + 1e-20)
-        top_k_weights = top_k_weights * self.routed_scaling_factor
+        self.tap(router_logits, top_k_index, dropped)
+        if dropped is not None:
+            top_k_weights = top_k_weights.masked_fill(dropped, 0.0)
+        top_k_weights = top_k_weights * self.config.routed_scaling_factor
         return top_k_weights, top_k_index, count_assignments(top_k_index, self.num_experts).int()
 
-    def _choose(self, scores: torch.Tensor, expert_bias: torch.Tensor | None) -> torch.Tensor:
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the logits `(T, E)` in float32; in training the inputs `(T, H)` get the noise that is configured."""
+        inputs, noise = hidden_states.float(), self.config.router_jitter_noise
+        if self.training and noise:
+            inputs = inputs * torch.empty_like(inputs).uniform_(1 - noise, 1 + noise)
+        with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
+            return F.linear(inputs, self.weight.float())
+
+    def compute_scores(self, router_logits: torch.Tensor) -> torch.Tensor:
+        """Return the scores `(T, E)` that the logits stand for."""
+        return router_logits.softmax(dim=-1) if self.config.scoring_func == "softmax" else router_logits.sigmoid()
+
+    def _choose(
+        self, router_logits: torch.Tensor, scores: torch.Tensor, expert_bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        config = self.config
+        if config.router_balancing == "sinkhorn" and self.training:
+            scores = sinkhorn(router_logits, config.sinkhorn_iterations)
+        elif config.topk_before_softmax:
+            scores = router_logits
         for bias in (self.e_score_correction_bias, expert_bias):
             scores = scores if bias is None else scores + bias
-        if self.topk_group < self.n_group:
-            scores = keep_best_groups(scores, self.n_group, self.topk_group, self.group_scoring_func)
+        if config.topk_group < config.n_group:
+            scores = keep_best_groups(scores, config.n_group, config.topk_group, config.group_scoring_func)
         return scores.topk(self.top_k, dim=-1).indices
+
+    def _weigh(self, router_logits: torch.Tensor, scores: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
+        if self.config.topk_before_softmax:
+            return router_logits.gather(-1, top_k_index).softmax(dim=-1)
+        top_k_weights = scores.gather(-1, top_k_index)
+        if self.config.norm_topk_prob:
+            # Biases can choose experts whose scores all underflow to 0.
+            top_k_weights = top_k_weights / (top_k_weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return top_k_weights
+
+    def _drop(self, top_k_weights: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor | None:
+        factor = self.config.expert_capacity_factor
+        if factor is None or not self.training:
+            return None
+        capacity = expert_capacity(len(top_k_index), self.num_experts, self.top_k, factor)
+        policy = self.config.token_drop_policy
+        return drop_beyond_capacity(top_k_weights, top_k_index, self.num_experts, capacity, policy)
 
     def _apply(self, fn, recurse: bool = True):
         bias = self.e_score_correction_bias
@@ -104,151 +141,31 @@ class MoERouter(nn.Module):
         return f"num_experts={self.num_experts}, top_k={self.top_k}"
 
 
-def keep_best_groups(scores: torch.Tensor, num_groups: int, num_kept: int, group_scoring_func: str) -> torch.Tensor:
-    """Leave each token the experts of its best groups (DeepSeek-V2, arXiv 2405.04434, sec. 2.2.2; V3, 2412.19437).
+class ExpertChoiceRouter(MoERouter):
+    r"""Let every expert choose its tokens (Zhou et al. 2022, arXiv 2202.09368, sec. 3.2).
 
-    Args:
-        scores: `(T, E)`, with the biases that decide the choice; expert e is in group `e // (E / num_groups)`.
-        num_groups: equal groups of consecutive experts.
-        num_kept: groups that a token may choose from.
-        group_scoring_func: what a group is worth: `"top2_sum"` or `"max"` of its scores.
-
-    Returns:
-        `(T, E)`: the scores, minus infinity outside the kept groups. Not 0: a biased score can be negative.
+    Each expert takes the `C = ceil(factor * T * K / E)` tokens with the highest score for it, and a token's output is
+    the sum over whichever experts took it, weighted by these scores: the load is balanced by construction. The choice
+    compares all tokens of the micro-batch, later ones included. So it is not causal, in training and in evaluation:
+    the loss that such a model reports can see the future, and it cannot generate.
     """
-    grouped = scores.unflatten(-1, (num_groups, -1))
-    if group_scoring_func == "max":
-        group_scores = grouped.amax(dim=-1)
-    else:
-        group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
-    best = group_scores.topk(num_kept, dim=-1, sorted=False).indices
-    kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(-1, best, True)
-    return grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weights `(E, C)` float32 and the tokens `(E, C)` int64 of every expert, of `(T, H)` inputs."""
+        num_tokens = len(hidden_states)
+        router_logits = self.compute_logits(hidden_states)
+        scores = self.compute_scores(router_logits).t()
+        factor = self.config.expert_capacity_factor or 1.0
+        capacity = min(num_tokens, expert_capacity(num_tokens, self.num_experts, self.top_k, factor))
+        token_index = scores.detach().topk(capacity, dim=-1).indices
+        # As those of the other routers: experts by token, here as many as took it, and E for none.
+        chosen = torch.full_like(scores, self.num_experts, dtype=torch.int64)
+        experts = torch.arange(self.num_experts, device=chosen.device)[:, None]
+        self.tap(router_logits, chosen.scatter(1, token_index, experts.expand_as(token_index)).t(), None)
+        return scores.gather(1, token_index) * self.config.routed_scaling_factor, token_index
 
 
-def count_assignments(
-    top_k_index: torch.Tensor, num_experts: int, token_mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Count how many of the `(T, K)` assignments go to each expert, without waiting for the device.
-
-    Args:
-        top_k_index: `(T, K)` int64.
-        num_experts: E.
-        token_mask: `(T,)` bool, `False` for tokens that do not count (padding).
-
-    Returns:
-        `(E,)` int64.
-    """
+def count_assignments(top_k_index: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Count how many of the `(T, K)` assignments go to each expert, `(E,)` int64, without waiting for the device."""
     counts = torch.zeros(num_experts, dtype=torch.int64, device=top_k_index.device)
-    ones = torch.ones_like(top_k_index) if token_mask is None else token_mask[:, None].expand_as(top_k_index).long()
-    return counts.scatter_add_(0, top_k_index.reshape(-1), ones.reshape(-1))
-
-
-def count_layer_assignments(
-    router_indices: tuple[torch.Tensor, ...], num_experts: int, token_mask: torch.Tensor
-) -> torch.Tensor:
-    """Count the assignments of every sparse layer: `(L, E)` int64, on the device of `token_mask`."""
-    device = token_mask.device
-    return torch.stack([count_assignments(index.to(device), num_experts, token_mask) for index in router_indices])
-
-
-def load_balancing_loss(
-    *,
-    router_logits: torch.Tensor,
-    tokens_per_expert: torch.Tensor,
-    token_mask: torch.Tensor,
-    num_tokens: torch.Tensor | float,
-    scoring_func: str = "softmax",
-) -> torch.Tensor:
-    r"""Load-balancing loss of one layer: `E * sum_i f_i * P_i` (Switch Transformers, arXiv 2101.03961, eq. 4-6).
-
-    `f_i` is expert i's share of all assignments and `P_i` the mean probability that the router gives it, so that
-    perfect balance costs 1 whatever K is. Only `P_i` carries a gradient. Sigmoid scores become probabilities by
-    dividing each token's by their sum (DeepSeek-V3, arXiv 2412.19437, eq. 17-20).
-
-    Args:
-        router_logits: `(T, E)` float32, of this rank's tokens.
-        tokens_per_expert: `(E,)`, assignments over which the load is counted (one rank's, or all ranks').
-        token_mask: `(T,)` bool.
-        num_tokens: what the summed probabilities are divided by, in tokens.
-        scoring_func: `"softmax"` or `"sigmoid"`.
-
-    Returns:
-        Scalar float32.
-    """
-    num_experts = router_logits.shape[-1]
-    load = tokens_per_expert.float() / tokens_per_expert.sum().clamp(min=1)
-    # sigmoid(x_i) / sum_j sigmoid(x_j), also where all of them underflow.
-    logits = router_logits if scoring_func == "softmax" else F.logsigmoid(router_logits)
-    summed_probs = (logits.softmax(dim=-1) * token_mask[:, None]).sum(dim=0)
-    return num_experts * (load * summed_probs).sum() / num_tokens
-
-
-def router_z_loss(
-    *, router_logits: torch.Tensor, token_mask: torch.Tensor, num_tokens: torch.Tensor | float
-) -> torch.Tensor:
-    """Router z-loss of one layer: the mean of `logsumexp(logits)**2` (ST-MoE, arXiv 2202.08906, eq. 5).
-
-    Arguments as in `load_balancing_loss`. Returns a float32 scalar.
-    """
-    return (router_logits.logsumexp(dim=-1).square() * token_mask).sum() / num_tokens
-
-
-class RouterLosses(NamedTuple):
-    """Unweighted losses of every sparse layer, each `(L,)` float32."""
-
-    aux: torch.Tensor
-    z: torch.Tensor
-
-
-def router_losses(
-    router_logits: tuple[torch.Tensor, ...],
-    router_indices: tuple[torch.Tensor, ...],
-    token_mask: torch.Tensor,
-    *,
-    num_tokens_in_batch: torch.Tensor | float | None = None,
-    reduce_statistics: StatisticsReducer | None = None,
-    scoring_func: str = "softmax",
-) -> RouterLosses:
-    """Compute both router losses of every sparse layer, never pooled over layers.
-
-    Two ways of counting tokens, mirroring `num_items_in_batch` of the cross-entropy:
-
-    - With `num_tokens_in_batch` (all ranks, all accumulation steps) the result is this micro-batch's additive share:
-      summed over ranks and steps it is the loss of the whole batch.
-    - Without it the result is a mean, such that the mean over ranks is the loss of all ranks' tokens.
-
-    Args:
-        router_logits: L tensors `(T, E)`.
-        router_indices: L tensors `(T, K)`, the experts that were really chosen.
-        token_mask: `(T,)` bool, `False` on padding.
-        num_tokens_in_batch: unmasked tokens of the whole batch.
-        reduce_statistics: sums over data-parallel ranks. One call for all layers together.
-        scoring_func: of the router, `"softmax"` or `"sigmoid"`.
-    """
-    device = router_logits[0].device
-    token_mask = token_mask.to(device)
-    counts = count_layer_assignments(router_indices, router_logits[0].shape[-1], token_mask)
-    num_tokens, num_ranks = token_mask.sum(), 1
-    if reduce_statistics is not None:
-        rank_and_tokens = torch.stack([torch.ones_like(num_tokens), num_tokens])
-        reduced = reduce_statistics(torch.cat([counts.flatten(), rank_and_tokens]))
-        counts = reduced[:-2].view_as(counts)
-        num_ranks, num_tokens = reduced[-2], reduced[-1]
-    if num_tokens_in_batch is None:
-        num_tokens_in_batch = num_tokens.clamp(min=1) / num_ranks
-    aux = [
-        load_balancing_loss(
-            router_logits=logits.to(device),
-            tokens_per_expert=c,
-            token_mask=token_mask,
-            num_tokens=num_tokens_in_batch,
-            scoring_func=scoring_func,
-        )
-        for logits, c in zip(router_logits, counts, strict=True)
-    ]
-    z = [
-        router_z_loss(router_logits=logits.to(device), token_mask=token_mask, num_tokens=num_tokens_in_batch)
-        for logits in router_logits
-    ]
-    return RouterLosses(torch.stack(aux), torch.stack(z))
+    return counts.scatter_add_(0, top_k_index.reshape(-1), torch.ones_like(top_k_index).reshape(-1))

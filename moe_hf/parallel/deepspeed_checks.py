@@ -51,6 +51,7 @@ def check_deepspeed_config(
     world_size: int,
     num_experts: int,
     num_moe_layers: int,
+    router_balancing: str,
     per_device_train_batch_size: int,
     gradient_accumulation_steps: int,
     max_grad_norm: float | None,
@@ -65,6 +66,7 @@ def check_deepspeed_config(
         world_size (`int`): number of ranks of the whole run.
         num_experts (`int`): experts of each sparse layer; 0 for a dense model.
         num_moe_layers (`int`): number of sparse layers.
+        router_balancing (`str`): the model's method.
         per_device_train_batch_size (`int`): sequences per rank and micro-batch.
         gradient_accumulation_steps (`int`): micro-batches per optimizer step.
         max_grad_norm (`float`, *optional*): norm at which gradients are clipped; 0 or None for no clipping.
@@ -87,6 +89,7 @@ def check_deepspeed_config(
     _check_expert_parallel_is_meant(config)
     if autoep_enabled(config):
         _check_model_has_experts(config, num_experts, num_moe_layers)
+        _check_tokens_choose(router_balancing)
         _check_expert_parallel_size(expert_parallel_size(config), world_size, num_experts)
         _check_routing_is_ours(config)
         _check_zero_with_experts(config)
@@ -185,6 +188,14 @@ def _check_model_has_experts(config: Config, num_experts: int, num_moe_layers: i
         raise ConfigError(
             f"expert_parallel_size={expert_parallel_size(config)} needs a model with experts, but this one has"
             f" num_experts={num_experts} and {num_moe_layers} sparse layers; use expert_parallel_size=0"
+        )
+
+
+def _check_tokens_choose(router_balancing: str) -> None:
+    if router_balancing == "expert_choice":
+        raise ConfigError(
+            "router_balancing='expert_choice' does not fit AutoEP, which sends every token to the same number of "
+            "experts; use expert_parallel_size=0 (ZeRO 1, 2 or 3)"
         )
 
 

@@ -187,6 +187,7 @@ def _checked_deepspeed_json(namespace: argparse.Namespace, config: MoEConfig) ->
         world_size=world_size(),
         num_experts=config.num_experts,
         num_moe_layers=config.num_sparse_layers,
+        router_balancing=config.router_balancing,
         per_device_train_batch_size=namespace.per_device_train_batch_size,
         gradient_accumulation_steps=namespace.gradient_accumulation_steps,
         max_grad_norm=namespace.max_grad_norm,

@@ -13,7 +13,14 @@ FILES = sorted([*PACKAGE.rglob("*.py"), ROOT / "run_clm_moe.py", *(ROOT / "scrip
 MOST_LINES = 700
 
 # These travel with every export, where nothing else of the package is.
-TRAVELLING = ("configuration_moe", "routing", "modeling_moe")
+TRAVELLING = (
+    "configuration_moe",
+    "router_rules",
+    "routing",
+    "router_selection",
+    "router_losses",
+    "modeling_moe",
+)
 THEIR_PACKAGES = {"torch", "transformers", "huggingface_hub"}
 
 # The face of the package shows the model; `python -m moe_hf` is the command line.

@@ -14,7 +14,9 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from transformers.models.dots1.modeling_dots1 import Dots1TopkRouter
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 
-from moe_hf.routing import MoERouter, count_assignments, keep_best_groups, load_balancing_loss, router_losses
+from moe_hf.router_losses import RouterLosses, count_by_sequence, count_layers, load_balancing_loss, router_losses
+from moe_hf.router_selection import keep_best_groups
+from moe_hf.routing import MoERouter
 
 HIDDEN_SIZE = 12
 
@@ -31,6 +33,9 @@ def make_config(**changes) -> SimpleNamespace:
         "topk_group": 2,
         "group_scoring_func": "top2_sum",
         "router_balancing": "loss_free",
+        "topk_before_softmax": False,
+        "router_jitter_noise": 0.0,
+        "expert_capacity_factor": None,
     }
     return SimpleNamespace(**(values | changes))
 
@@ -239,6 +244,12 @@ def test_scores_that_underflow_are_still_weights():
 # Losses
 
 
+def losses_of(logits: tuple, indices: tuple, mask: torch.Tensor, **options) -> RouterLosses:
+    """The losses of tokens in one sequence, of which `mask` is `(T,)`."""
+    counts = count_layers(indices, logits[0].shape[-1], mask[None])
+    return router_losses(logits, counts, mask[None], **options)
+
+
 def probabilities_as_logits(logits: torch.Tensor) -> list[list[float]]:
     """Return numbers whose softmax is the normalised sigmoid: the reference knows softmax only."""
     return [[math.log(score) for score in reference_scores(row, "sigmoid")] for row in logits.tolist()]
@@ -249,23 +260,23 @@ def test_balancing_loss_normalises_the_scores_of_each_token(masked):
     logits = 2 * random(30, 6, seed=0)
     chosen = logits.topk(2).indices
     mask = torch.arange(30) % 3 != 0 if masked else torch.ones(30, dtype=torch.bool)
-    losses = router_losses((logits,), (chosen,), mask, scoring_func="sigmoid")
+    losses = losses_of((logits,), (chosen,), mask, scoring_func="sigmoid")
     expected = reference_aux_loss(probabilities_as_logits(logits), chosen.tolist(), mask.tolist())
     assert losses.aux.item() == pytest.approx(expected, rel=1e-5)
     # The z-loss is about logits, whatever becomes of them.
     assert losses.z.item() == pytest.approx(reference_z_loss(logits.tolist(), mask.tolist()), rel=1e-5)
-    assert losses.aux.item() != pytest.approx(router_losses((logits,), (chosen,), mask).aux.item(), rel=1e-3)
+    assert losses.aux.item() != pytest.approx(losses_of((logits,), (chosen,), mask).aux.item(), rel=1e-3)
 
 
 def test_gradient_of_the_balancing_loss_passes_gradcheck_in_float64():
     logits = random(7, 4, seed=3).double().requires_grad_()
     chosen = logits.topk(2).indices
     mask = torch.tensor([True, True, False, True, True, False, True])
-    counts = count_assignments(chosen, 4, mask)
+    counts = count_by_sequence(chosen, 4, mask[None])[0]
 
     def aux(x: torch.Tensor) -> torch.Tensor:
         return load_balancing_loss(
-            router_logits=x, tokens_per_expert=counts, token_mask=mask, num_tokens=5, scoring_func="sigmoid"
+            router_logits=x, tokens_per_expert=counts, token_mask=mask[None], num_tokens=5, scoring_func="sigmoid"
         )
 
     assert torch.autograd.gradcheck(aux, (logits,))
@@ -275,7 +286,7 @@ def test_gradient_of_the_balancing_loss_passes_gradcheck_in_float64():
 
 def test_balancing_loss_of_very_negative_logits_is_finite():
     logits = torch.tensor([[-200.0, -201.0], [-150.0, -150.0]], requires_grad=True)
-    loss = router_losses((logits,), (torch.tensor([[0], [1]]),), torch.ones(2).bool(), scoring_func="sigmoid").aux
+    loss = losses_of((logits,), (torch.tensor([[0], [1]]),), torch.ones(2).bool(), scoring_func="sigmoid").aux
     loss.sum().backward()
     assert loss.item() == pytest.approx(1.0) and torch.isfinite(logits.grad).all()
 

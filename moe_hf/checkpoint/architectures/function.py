@@ -18,6 +18,10 @@ _NO_PART_OF_IT = {
     "router_aux_loss_scope",
     "router_z_loss_coef",
     "router_bias_update_speed",
+    "router_jitter_noise",
+    "sinkhorn_iterations",
+    "expert_capacity_factor",
+    "token_drop_policy",
     "moe_layer_indices",
     "decoder_sparse_step",
     "first_k_dense_replace",
@@ -31,6 +35,7 @@ _OF_SPARSE_LAYERS = {
     "norm_topk_prob",
     "routed_scaling_factor",
     "scoring_func",
+    "topk_before_softmax",
     "n_group",
     "topk_group",
     "group_scoring_func",
@@ -54,9 +59,13 @@ def function_of(config: MoEConfig) -> dict[str, Any]:
     values = {name: getattr(config, name) for name in names if name not in unused}
     values["rope_parameters"] = {"partial_rotary_factor": 1.0, **config.rope_parameters}
     values["rope_parameters"].pop("type", None)
-    if values.get("router_balancing", "none") != "loss_free":
-        # With and without an auxiliary loss the model is the same; a correction bias of zeros is none.
+    if values.get("router_balancing") == "expert_choice":
+        values["expert_capacity_factor"] = config.expert_capacity_factor or 1.0
+    elif values.get("router_balancing") != "loss_free":
+        # How the load is balanced in training is no part of the model; a correction bias of zeros is none.
         values.pop("router_balancing", None)
+    if values.pop("topk_before_softmax", False):
+        values["norm_topk_prob"] = True  # the same weights
     return values
 
 

@@ -21,6 +21,7 @@ RUN = {
     "world_size": 4,
     "num_experts": 8,
     "num_moe_layers": 3,
+    "router_balancing": "aux_loss",
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 3,
     "max_grad_norm": 1.0,
@@ -249,6 +250,7 @@ def test_contradictions_are_refused(changes, run, sentence):
         ({"expert_parallel.autoep_size": 0}, {}, "expert_parallel.autoep_size=0 must be a positive integer"),
         ({"expert_parallel.autoep_size": "2"}, {}, 'expert_parallel.autoep_size="2" must be a positive integer'),
         ({}, {"num_experts": 0}, "expert_parallel_size=2 needs a model with experts, but this one has num_experts=0"),
+        ({}, {"router_balancing": "expert_choice"}, "router_balancing='expert_choice' does not fit AutoEP"),
         ({}, {"num_moe_layers": 0}, "this one has num_experts=8 and 0 sparse layers; use expert_parallel_size=0"),
         (
             {"expert_parallel.autoep_size": 4},
