@@ -100,16 +100,16 @@ class MoERouter(nn.Module):
     def _choose(
         self, router_logits: torch.Tensor, scores: torch.Tensor, expert_bias: torch.Tensor | None
     ) -> torch.Tensor:
-        config = self.config
+        config, ranking = self.config, scores
         if config.router_balancing == "sinkhorn" and self.training:
-            scores = sinkhorn(router_logits, config.sinkhorn_iterations)
-        elif config.topk_before_softmax:
-            scores = router_logits
+            ranking = sinkhorn(router_logits, config.sinkhorn_iterations)
         for bias in (self.e_score_correction_bias, expert_bias):
-            scores = scores if bias is None else scores + bias
+            ranking = ranking if bias is None else ranking + bias
         if config.topk_group < config.n_group:
-            scores = keep_best_groups(scores, config.n_group, config.topk_group, config.group_scoring_func)
-        return scores.topk(self.top_k, dim=-1).indices
+            ranking = keep_best_groups(ranking, config.n_group, config.topk_group, config.group_scoring_func)
+        if config.topk_before_softmax and ranking is scores:
+            ranking = router_logits  # in the same order, and none of them underflows
+        return ranking.topk(self.top_k, dim=-1).indices
 
     def _weigh(self, router_logits: torch.Tensor, scores: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
         if self.config.topk_before_softmax:

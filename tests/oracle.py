@@ -44,8 +44,9 @@ def train(model: MoEForCausalLM, recipe: Recipe, dtype: torch.dtype = torch.floa
     """Run the recipe and return its trajectory.
 
     With a 16-bit `dtype` the forward and backward pass see rounded weights, and the optimizer the float32 ones.
-    Rounding depends on the shapes that are multiplied, and tips tokens from one expert to another: `pieces` > 1 sends
-    each micro-batch through the model in as many pieces as there are ranks.
+    `pieces` > 1 sends each micro-batch through the model in as many pieces as there are ranks: for methods that look at
+    the tokens of one rank together, and because rounding depends on the shapes that are multiplied, and tips tokens
+    from one expert to another.
     """
     result = Trajectory()
     # As mixed precision does: the float32 weights begin as the rounded ones.
@@ -122,17 +123,28 @@ def _loss_of_step(
                 reduction="sum",
             )
             total = total + summed / num_items
-            kept = piece["attention_mask"].reshape(-1).bool()
-            router_logits.append([logits[kept] for logits in output.router_logits])
+            router_logits.append(
+                [_balanced_together(logits, piece["attention_mask"], model.config) for logits in output.router_logits]
+            )
         for layer, of_layer in enumerate(zip(*router_logits, strict=True)):
-            logits = torch.cat(of_layer)
-            chosen = choose_for_all(logits, biases[layer] if biases else None, model.config)
-            aux, z, largest_load = _router_terms(logits, chosen, model.config.scoring_func)
-            total = total + len(logits) / num_tokens * (recipe.aux_coef * aux + recipe.z_coef * z)
-            result.largest_loads.append(largest_load)
-            if biases:
-                assignments[layer] += [expert for experts in chosen for expert in experts]
+            parts = [part for parts in of_layer for part in parts]
+            if model.config.router_aux_loss_scope == "global":
+                parts = [torch.cat(parts)]
+            for logits in parts:
+                chosen = choose_for_all(logits, biases[layer] if biases else None, model.config)
+                aux, z, largest_load = _router_terms(logits, chosen, model.config.scoring_func)
+                total = total + len(logits) / num_tokens * (recipe.aux_coef * aux + recipe.z_coef * z)
+                result.largest_loads.append(largest_load)
+                if biases:
+                    assignments[layer] += [expert for experts in chosen for expert in experts]
     return total, assignments
+
+
+def _balanced_together(logits: torch.Tensor, mask: torch.Tensor, config) -> list[torch.Tensor]:
+    """Return the logits `(T, E)` of the unmasked tokens, in as many pieces as are balanced by themselves."""
+    rows = logits.unflatten(0, mask.shape)
+    sequences = [row[kept.bool()] for row, kept in zip(rows, mask, strict=True)]
+    return sequences if config.router_aux_loss_scope == "sequence" else [torch.cat(sequences)]
 
 
 def _router_terms(

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerState, set_seed
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -148,6 +148,8 @@ class CheckpointingTrainer(Trainer):
         loaded_by_trainer = None if converts else resume_from_checkpoint
         try:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, loaded_by_trainer)
+            # Building an engine draws random numbers, more of them with expert parallelism than without.
+            set_seed(self.args.seed)
             if converts:
                 self._load_resharded(Path(resume_from_checkpoint))
         except UserError:

@@ -14,7 +14,7 @@ from routing_reference import (
 )
 
 from moe_hf.modeling_moe import MoESparseBlock
-from moe_hf.router_selection import drop_beyond_capacity
+from moe_hf.router_selection import drop_beyond_capacity, expert_capacity
 from moe_hf.routing import MoERouter
 
 POLICIES = ["position", "probability"]
@@ -162,3 +162,9 @@ def test_a_dropped_slot_adds_nothing_to_the_block(policy):
         expected = sparse_block(exact, tokens.double().flatten(0, 1), config, training)
         torch.testing.assert_close(outputs[-1].double().flatten(0, 1), expected, rtol=1e-4, atol=1e-4)
     assert (outputs[0] - outputs[1]).abs().max() > 0.1
+
+
+def test_a_share_that_is_whole_is_not_rounded_up():
+    """1.1 * 10 is 11.000000000000002 in floating point."""
+    assert expert_capacity(num_tokens=40, num_experts=4, top_k=1, capacity_factor=1.1) == 11
+    assert expert_capacity(num_tokens=41, num_experts=4, top_k=1, capacity_factor=1.1) == 12
