@@ -3,9 +3,11 @@
 import argparse
 import contextlib
 import math
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 from ..errors import CheckpointError, ConfigError, DataError, UserError
 
@@ -100,14 +102,19 @@ def _load(folder: Path):
 
 def _continue(model, tokenizer, prompt: str, arguments: argparse.Namespace) -> None:
     """Print the prompt and its continuation while it is generated; what is there is printed on Ctrl-C too."""
-    from transformers import TextStreamer
+    import torch
+    from transformers import StoppingCriteriaList, TextStreamer
 
     encoded = tokenizer(prompt, return_tensors="pt")
     inputs = {name: encoded[name].to(model.device) for name in ("input_ids", "attention_mask")}
     max_new_tokens = min(arguments.max_new_tokens, _room(model, inputs["input_ids"]))
     sampling = {"temperature": arguments.temperature} if arguments.temperature > 0 else {}
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    try:
+    with _interruption() as pressed:
+
+        def stop(tokens: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+            return torch.full((len(tokens),), bool(pressed), device=tokens.device)
+
         model.generate(
             **inputs,
             **sampling,
@@ -116,10 +123,30 @@ def _continue(model, tokenizer, prompt: str, arguments: argparse.Namespace) -> N
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([stop]),
         )
-    except KeyboardInterrupt:
-        streamer.end()
-        raise
+    if pressed:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _interruption() -> Iterator[list[int]]:
+    """Remember Ctrl-C in the list that is returned, instead of raising wherever the program is just then.
+
+    A destructor or a callback that happens to run would swallow the exception. The second Ctrl-C raises.
+    """
+    pressed: list[int] = []
+
+    def press(number: int, frame: FrameType | None) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    previous = signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _room(model, input_ids) -> float:
