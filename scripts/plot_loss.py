@@ -1,4 +1,4 @@
-"""Draw the loss curves of a run from its metrics.jsonl (needs matplotlib, which is in the [dev] extra).
+"""Draw the loss curves of a run from its metrics.jsonl (as the README shows it).
 
 python scripts/plot_loss.py runs/quickstart docs/images/quickstart_loss.png
 """

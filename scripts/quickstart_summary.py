@@ -14,7 +14,7 @@ import moe_hf  # noqa: F401  (registers the architecture)
 from moe_hf.training.collator import CausalLMCollator
 from moe_hf.training.data import build_datasets
 from moe_hf.training.data_arguments import DataArguments
-from moe_hf.training.metrics import METRICS_NAME
+from moe_hf.training.telemetry.jsonlines import METRICS_NAME
 
 PROMPT = "def read_lines(path):\n"
 TOLERANCE = 1e-3

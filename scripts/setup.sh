@@ -32,6 +32,25 @@ setup_venv() {
     echo "$wanted" >"$stamp"
 }
 
+# The browser in which tests/browser looks at reports; only the tests need one.
+setup_browser() {
+    local name
+    for name in chromium google-chrome chromium-browser; do
+        if command -v "$name" >/dev/null; then
+            return
+        fi
+    done
+    if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
+        echo "No Chromium was found and it cannot be installed here, so the tests in tests/browser will be skipped."
+        return
+    fi
+    echo "Installing Chromium for tests/browser …"
+    if ! { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium
+    } >/dev/null 2>&1 </dev/null; then
+        echo "Chromium could not be installed by apt-get, so the tests in tests/browser will be skipped."
+    fi
+}
+
 # Number of accelerators, 0 on a machine with none.
 count_accelerators() {
     .venv/bin/python -c 'import torch; print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)'

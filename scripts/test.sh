@@ -6,6 +6,7 @@
 #   bash scripts/test.sh tests/unit -k rope  a part
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+setup_browser
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

@@ -4,6 +4,7 @@ It shares the model's forward pass with the package (checked against Transformer
 its losses, reductions, accumulation, clipping, optimizer grouping or schedule.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -36,8 +37,12 @@ class Trajectory:
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
+    family_norms: list[dict[str, float]] = field(default_factory=list)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     largest_loads: list[float] = field(default_factory=list)
+    # For each step and sparse layer what `describe_routing` returns; and the unmasked tokens seen up to each step.
+    routing: list[list[dict]] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
 
 
 def train(model: MoEForCausalLM, recipe: Recipe, dtype: torch.dtype = torch.float32, pieces: int = 1) -> Trajectory:
@@ -78,6 +83,7 @@ def train(model: MoEForCausalLM, recipe: Recipe, dtype: torch.dtype = torch.floa
             parameter.data = masters[name]
             parameter.grad = gradients[name]
         norm = torch.stack([p.grad.double().square().sum() for p in model.parameters()]).sum().sqrt()
+        result.family_norms.append(_family_norms(gradients))
         if norm > recipe.max_grad_norm:
             for parameter in model.parameters():
                 parameter.grad.mul_(recipe.max_grad_norm / norm)
@@ -89,6 +95,20 @@ def train(model: MoEForCausalLM, recipe: Recipe, dtype: torch.dtype = torch.floa
         result.grad_norms.append(norm.item())
     result.weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     return result
+
+
+def _family_norms(gradients: dict[str, torch.Tensor]) -> dict[str, float]:
+    squares = dict.fromkeys(("attention", "dense_mlp", "experts", "router", "embeddings", "norms"), 0.0)
+    for name, gradient in gradients.items():
+        squares[_family(name)] += gradient.double().square().sum().item()
+    return {family: math.sqrt(square) for family, square in squares.items()}
+
+
+def _family(name: str) -> str:
+    if name.endswith("norm.weight"):
+        return "norms"
+    rest = {".self_attn.": "attention", ".experts.": "experts", ".mlp.gate.": "router", ".mlp.": "dense_mlp"}
+    return next((family for part, family in rest.items() if part in name), "embeddings")
 
 
 def _collate(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -110,6 +130,7 @@ def _loss_of_step(
     total = torch.zeros(())
     biases = _biases(model)
     assignments: list[list[int]] = [[] for _ in biases]
+    routed: list[list] = [[] for _ in range(model.config.num_sparse_layers)]
     for pieces in micro_batches:
         router_logits = []
         for piece in pieces:
@@ -135,8 +156,11 @@ def _loss_of_step(
                 aux, z, largest_load = _router_terms(logits, chosen, model.config.scoring_func)
                 total = total + len(logits) / num_tokens * (recipe.aux_coef * aux + recipe.z_coef * z)
                 result.largest_loads.append(largest_load)
+                routed[layer].append((logits.detach(), chosen))
                 if biases:
                     assignments[layer] += [expert for experts in chosen for expert in experts]
+    result.routing.append([describe_routing(of_layer, model.config) for of_layer in routed])
+    result.num_tokens.append(num_tokens + (result.num_tokens[-1] if result.num_tokens else 0))
     return total, assignments
 
 
@@ -145,6 +169,27 @@ def _balanced_together(logits: torch.Tensor, mask: torch.Tensor, config) -> list
     rows = logits.unflatten(0, mask.shape)
     sequences = [row[kept.bool()] for row, kept in zip(rows, mask, strict=True)]
     return sequences if config.router_aux_loss_scope == "sequence" else [torch.cat(sequences)]
+
+
+def describe_routing(routed: list[tuple[torch.Tensor, list[list[int]]]], config) -> dict:
+    """Return what a log entry tells of one layer in one step, from the logits and the experts of its tokens."""
+    counts, num_tokens, entropy, largest = [0] * config.num_experts, 0, 0.0, 0.0
+    for logits, chosen in routed:
+        for token, scores, experts in zip(
+            logits.tolist(), _scores(logits, config.scoring_func).tolist(), chosen, strict=True
+        ):
+            num_tokens += 1
+            largest = max(largest, *(abs(logit) for logit in token))
+            entropy -= sum(score / sum(scores) * math.log(score / sum(scores)) for score in scores)
+            for expert in experts:
+                counts[expert] += 1
+    return {
+        "expert_load": [count / sum(counts) for count in counts],
+        "max_vio": max(counts) * len(counts) / sum(counts) - 1,
+        "router_entropy": entropy / num_tokens / math.log(len(counts)),
+        "router_logit_max": largest,
+        "dead_experts": counts.count(0),
+    }
 
 
 def _router_terms(

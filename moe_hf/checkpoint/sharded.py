@@ -20,6 +20,8 @@ class ShardedCheckpoint:
         topology: of the run that wrote it.
         config: of its model.
         shapes: shape of every whole tensor, by its Hugging Face name.
+        frozen: Hugging Face names of the parameters that were not trained: they have no optimizer states, and `"fp32"`
+            of them is the weight in the dtype of training.
         state_names: `"fp32"` and the optimizer's states, such as `"exp_avg"` and `"exp_avg_sq"`.
         step: updates that the optimizer has counted; `None` if it is one that does not count.
         counters: DeepSpeed's own counters.
@@ -34,7 +36,8 @@ class ShardedCheckpoint:
                 f"{self.path} was written without DeepSpeed and has no shards; its model is {self.path / EXPORT_NAME}."
             )
         self.config = _read_config(self.path)
-        self._layout = open_layout(_state_folder(self.path), self.topology.zero_stage)
+        self._layout = open_layout(_state_folder(self.path), self.topology.zero_stage, self.topology.routers)
+        self.frozen = {_hf_name(name) for name in self._layout.frozen}
         self.state_names = self._layout.state_names()
         self.step = self._layout.step()
         self.counters = self._layout.counters

@@ -1,4 +1,4 @@
-"""How a run is laid out over processes, and what of its model a checkpoint depends on."""
+"""How a run is laid out over processes and optimizer groups, and what of its model a checkpoint depends on."""
 
 from dataclasses import dataclass
 
@@ -39,12 +39,17 @@ ARCHITECTURE_FIELDS = (
 
 @dataclass(frozen=True)
 class Topology:
-    """How a run is laid out over processes; `expert_parallel_size` 0 is AutoEP off, `zero_stage` -1 no DeepSpeed."""
+    """How a run is laid out over processes; `expert_parallel_size` 0 is AutoEP off, `zero_stage` -1 no DeepSpeed.
+
+    `routers` says where the optimizer has the routers' weights: `"shared"`, in the group of the other matrices;
+    `"own"`, in a group of their own, which comes after the usual two; `"frozen"`, nowhere.
+    """
 
     world_size: int
     expert_parallel_size: int
     zero_stage: int
     dtype: str
+    routers: str = "shared"
 
     @property
     def has_deepspeed(self) -> bool:
@@ -55,7 +60,8 @@ class Topology:
         """Return the layout in words, such as `2 processes, ZeRO 3, EP 2, bfloat16`."""
         zero = f"ZeRO {self.zero_stage}" if self.has_deepspeed else "no DeepSpeed"
         expert = f"EP {self.expert_parallel_size}" if self.expert_parallel_size else "EP off"
-        return f"{self.world_size} processes, {zero}, {expert}, {self.dtype}"
+        routers = {"own": ", routers in a group of their own", "frozen": ", routers frozen"}.get(self.routers, "")
+        return f"{self.world_size} processes, {zero}, {expert}, {self.dtype}{routers}"
 
 
 def architecture_of(config: MoEConfig) -> dict:
@@ -67,7 +73,8 @@ def needs_conversion(saved: Topology, now: Topology) -> bool:
     """Return whether a checkpoint of the layout `saved` has to be cut anew before a run of the layout `now` loads it.
 
     DeepSpeed loads a checkpoint of another expert-parallel size without an error and puts the fp32 master weights on
-    the wrong experts, so this is asked before it loads anything. Without DeepSpeed nothing is cut.
+    the wrong experts, so this is asked before it loads anything. It does not know one group of the optimizer from
+    another either. Without DeepSpeed nothing is cut.
     """
     return saved.has_deepspeed and saved != now
 
@@ -78,4 +85,7 @@ def what_must_stay(saved: Topology, now: Topology) -> str | None:
         return f"the training dtype must stay {saved.dtype}"
     if saved.has_deepspeed != now.has_deepspeed:
         return "DeepSpeed must stay on" if saved.has_deepspeed else "DeepSpeed must stay off"
+    if saved.has_deepspeed and saved.routers == "frozen" != now.routers:
+        # ZeRO counts the steps of whole groups: Adam would take moments that are missing for means over all of them.
+        return "--freeze_router must stay, because the checkpoint has no optimizer states of the routers"
     return None

@@ -81,12 +81,14 @@ def is_intact(folder: Path) -> bool:
 def _write_parameter(
     checkpoint: ShardedCheckpoint, name: str, zero: Path, step: torch.Tensor, expert_parallel: bool
 ) -> None:
-    for state in ("fp32", *MOMENTS):
+    is_trained = name not in checkpoint.frozen
+    for state in ("fp32", *MOMENTS) if is_trained else ("fp32",):
         tensor = checkpoint.read(name, state)
         for engine_name, part in _as_engine_names(name, tensor, expert_parallel).items():
             (zero / engine_name).mkdir(exist_ok=True)
             torch.save(_universal(engine_name, part), zero / engine_name / f"{state}.pt")
-            torch.save(step, zero / engine_name / "step.pt")
+            if is_trained:
+                torch.save(step, zero / engine_name / "step.pt")
 
 
 def _as_engine_names(name: str, tensor: torch.Tensor, expert_parallel: bool) -> dict[str, torch.Tensor]:

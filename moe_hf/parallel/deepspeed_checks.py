@@ -116,6 +116,11 @@ def _check_precision(config: Config, *, bf16: bool, fp16: bool) -> None:
     fp16_on = _precision_enabled(config, "fp16", fp16)
     if bf16_on and fp16_on:
         raise ConfigError("bf16.enabled=true and fp16.enabled=true exclude each other; switch one of them off")
+    if fp16_on and zero_stage(config) == 0:
+        raise ConfigError(
+            "fp16.enabled=true at ZeRO stage 0: DeepSpeed divides gradients by a loss scale that it has not applied; "
+            "use stage 1, 2 or 3"
+        )
     if bf16_on and not DeepSpeedBF16Config(**get_section(config, "bf16")).check_grad_overflow:
         raise ConfigError("bf16.check_grad_overflow=false lets NaN gradients into the weights; delete it or write true")
 

@@ -21,6 +21,7 @@ def load_universal(engine, folder: Path, tag: str, buffers: dict[str, torch.Tens
         _load_whole(engine, folder / tag / "zero")
     else:
         _load_sliced(engine, folder, tag)
+    _load_frozen(engine.module, folder / tag / "zero")
     own = dict(engine.module.named_buffers())
     for name, value in buffers.items():
         own[name].copy_(value)
@@ -52,6 +53,18 @@ def _load_whole(engine, zero: Path) -> None:
     counters = torch.load(zero.parent / "mp_rank_00_model_states.pt", weights_only=True)
     engine.global_steps, engine.global_samples = counters["global_steps"], counters["global_samples"]
     engine.skipped_steps = counters["skipped_steps"]
+
+
+@torch.no_grad()
+def _load_frozen(module: nn.Module, zero: Path) -> None:
+    """Load the parameters that the engine's optimizer does not know, whether or not they were trained before."""
+    import deepspeed
+
+    for name, param in module.named_parameters():
+        if not param.requires_grad:
+            # ZeRO 3 gives the values of rank 0 to the slices of all.
+            with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
+                param.data.copy_(torch.load(zero / name / "fp32.pt", weights_only=True)["param"])
 
 
 def _model_parameters(engine) -> list[list[nn.Parameter]]:

@@ -14,12 +14,14 @@ class RouterBiasUpdater:
 
     Args:
         model: trained in this process, not wrapped; its routers may sit in expert-parallel layers. A model whose
-            `router_balancing` is not `"loss_free"` is left as it is.
+            `router_balancing` is not `"loss_free"` is left as it is, and so is one whose routers are frozen.
     """
 
     def __init__(self, model: MoEForCausalLM) -> None:
         self._model = model
-        self._speed = model.config.router_bias_update_speed
+        self._routers = [module for module in model.modules() if isinstance(module, MoERouter)]
+        is_trained = all(router.weight.requires_grad for router in self._routers)
+        self._speed = model.config.router_bias_update_speed if is_trained else 0.0
         # What an interrupted step has counted belongs to no step of this run.
         model.assignment_counts = None
 
@@ -37,7 +39,6 @@ class RouterBiasUpdater:
             counts = self._model.reduce_router_statistics(counts)
         # In integers, so that an expert with exactly the mean load stays where it is.
         directions = torch.sign(counts.sum(dim=-1, keepdim=True) - counts.shape[-1] * counts)
-        routers = (module for module in self._model.modules() if isinstance(module, MoERouter))
-        for router, direction in zip(routers, directions, strict=True):
+        for router, direction in zip(self._routers, directions, strict=True):
             bias = router.e_score_correction_bias
             bias.add_(self._speed * direction.to(bias))

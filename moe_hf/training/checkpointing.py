@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import Trainer, TrainerState, set_seed
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpoint.export import export_model
@@ -21,6 +21,7 @@ from .hub_push import HubPusher
 from .nonfinite import SkipCounter
 from .position import DataPosition
 from .resharding import continue_schedule, load_resharded
+from .router_optimizer import keep_router_settings, load_regrouped
 
 
 class CheckpointingTrainer(Trainer):
@@ -158,7 +159,16 @@ class CheckpointingTrainer(Trainer):
             if resume_from_checkpoint is None or self.deepspeed is None:
                 raise  # the engine is built first: without one it was not the checkpoint
             raise _loading_failed(resume_from_checkpoint, error) from error
+        keep_router_settings(self.optimizer, self.lr_scheduler, self.args)
         return prepared
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        if checkpoint is None or self.deepspeed is not None or self._resumed.topology.routers == self._topology.routers:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        path = Path(checkpoint)
+        load_regrouped(self.optimizer, self.model, path / OPTIMIZER_NAME, self._resumed.topology.routers)
+        continue_schedule(self.lr_scheduler, self.optimizer, torch.load(path / SCHEDULER_NAME, weights_only=True))
 
     def _load_resharded(self, checkpoint: Path) -> None:
         load_resharded(self.deepspeed, checkpoint, expert_parallel=autoep_enabled(self._deepspeed_json))

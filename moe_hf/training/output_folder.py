@@ -10,10 +10,11 @@ from transformers import TrainerCallback
 from ..checkpoint.manifest import EXPORT_NAME
 from ..errors import ConfigError
 from ..parallel.processes import raise_together
-from .metrics import METRICS_NAME
+from .telemetry.images import IMAGES_NAME
+from .telemetry.jsonlines import METRICS_NAME
 
 _LEFT_BY_A_RUN = re.compile(
-    rf"checkpoint-\d+|\.checkpoint-\d+\.(incomplete|replaced)|{EXPORT_NAME}|{re.escape(METRICS_NAME)}"
+    rf"checkpoint-\d+|\.checkpoint-\d+\.(incomplete|replaced)|{EXPORT_NAME}|{re.escape(METRICS_NAME)}|{IMAGES_NAME}"
     r"|trainer_state\.json|(train|eval|all)_results\.json"
 )
 

@@ -44,6 +44,7 @@ from .hub_push import check_hub_arguments
 from .model_config import build_config, check_weights, local_model
 from .output_folder import RemoveEarlierRun, check_output_folder
 from .resuming import ResumeChoice
+from .router_optimizer import router_grouping
 from .trainer import MoETrainer
 
 logger = logging.get_logger(__name__)
@@ -82,7 +83,7 @@ def build_trainer(argv: list[str], relay: FailureRelay, description: str | None 
     if model_args.model_name_or_path is not None:
         check_weights(model_args.model_name_or_path, config)
     deepspeed_json = _checked_deepspeed_json(namespace, config)
-    topology = _topology(namespace, deepspeed_json)
+    topology = _topology(namespace, config, deepspeed_json)
     check_data_arguments(data_args)
     check_output_folder(namespace)
     choice = ResumeChoice(namespace, topology, config)
@@ -203,12 +204,13 @@ def _checked_deepspeed_json(namespace: argparse.Namespace, config: MoEConfig) ->
     return deepspeed_json
 
 
-def _topology(namespace: argparse.Namespace, deepspeed_json: dict | None) -> Topology:
+def _topology(namespace: argparse.Namespace, config: MoEConfig, deepspeed_json: dict | None) -> Topology:
     dtype = "bfloat16" if namespace.bf16 else "float16" if namespace.fp16 else "float32"
+    routers = router_grouping(namespace, config, deepspeed_json)
     if deepspeed_json is None:
-        return Topology(world_size(), 0, -1, dtype)
+        return Topology(world_size(), 0, -1, dtype, routers)
     ep_size = expert_parallel_size(deepspeed_json) if autoep_enabled(deepspeed_json) else 0
-    return Topology(world_size(), ep_size, zero_stage(deepspeed_json), dtype)
+    return Topology(world_size(), ep_size, zero_stage(deepspeed_json), dtype, routers)
 
 
 def _check_flags(namespace: argparse.Namespace) -> None:
@@ -309,7 +311,7 @@ def _build_model(
 def _train(trainer: MoETrainer) -> dict[str, float]:
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     metrics = dict(result.metrics)
-    trainer.log_metrics("train", metrics)
+    trainer.log_metrics("train", _of_all_layers(metrics))
     trainer.save_metrics("train", metrics)
     trainer.save_state()
     return metrics
@@ -317,6 +319,11 @@ def _train(trainer: MoETrainer) -> dict[str, float]:
 
 def _evaluate(trainer: MoETrainer) -> dict[str, float]:
     metrics = trainer.evaluate()
-    trainer.log_metrics("eval", metrics)
+    trainer.log_metrics("eval", _of_all_layers(metrics))
     trainer.save_metrics("eval", metrics)
     return metrics
+
+
+def _of_all_layers(metrics: dict[str, float]) -> dict[str, float]:
+    """Leave out what is said of single layers, which the tables of evaluations show."""
+    return {name: value for name, value in metrics.items() if "/" not in name}

@@ -83,6 +83,7 @@ def continue_schedule(scheduler: LRScheduler, optimizer: Optimizer, saved: dict)
         factors = [schedule(scheduler.last_epoch) for schedule in scheduler.lr_lambdas]
         rates = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
     elif isinstance(scheduler, ReduceLROnPlateau) or len(set(saved["_last_lr"])) == 1:
+        # Groups of routers with their own rate are put right by `keep_router_settings`.
         rates = saved["_last_lr"][:1] * len(optimizer.param_groups)
     else:
         raise CheckpointError(

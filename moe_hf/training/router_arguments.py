@@ -23,7 +23,8 @@ class RouterArguments:
         default=0, metadata={"help": "Draw the experts' load as a heat map every so many steps; 0 for never."}
     )
     dead_expert_steps: int = field(
-        default=100, metadata={"help": "An expert is dead when it got no token in this many steps."}
+        default=100,
+        metadata={"help": "An expert is dead when it got no token in this many steps; a collapse must last as long."},
     )
     router_collapse_threshold: float = field(
         default=0.5,

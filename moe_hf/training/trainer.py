@@ -9,77 +9,51 @@ from ..parallel.deepspeed_config import autoep_enabled, expert_parallel_size, ze
 from ..parallel.engine import prepare_for_training, report_clipped_norm
 from ..parallel.processes import rank
 from .bias_update import RouterBiasUpdater
-from .checkpointing import CheckpointingTrainer
-from .evaluation import compute_metrics, sample_statistics
-from .metrics import ConsoleCallback, JsonLinesCallback, PlainConsoleCallback, TrainingMetrics
+from .measuring import MeasuringTrainer, num_unmasked
 from .nonfinite import NonFiniteGuard
 from .preemption import Preempted, SignalWatch, spare_workers
+from .router_optimizer import freeze_routers, split_router_group
 
 
 class TrainingStopped(UserError):
     """Training ended early on purpose; the message says why and where the last checkpoint is."""
 
 
-class MoETrainer(CheckpointingTrainer):
+class MoETrainer(MeasuringTrainer):
     """`Trainer` for `MoEForCausalLM` under DeepSpeed, DDP or in one process.
 
     Args:
-        **kwargs: of `CheckpointingTrainer`.
+        **kwargs: of `MeasuringTrainer`.
     """
 
     def __init__(self, **kwargs) -> None:
-        super().__init__(compute_metrics=compute_metrics, **kwargs)
+        super().__init__(**kwargs)
         prepare_for_training(self.model, self._deepspeed_json)
-        sparse = [i for i, kind in enumerate(self.model.config.mlp_layer_types) if kind == "sparse"]
-        self._metrics = TrainingMetrics(sparse, shares_are_sums=self.args.average_tokens_across_devices)
         self._guard = NonFiniteGuard()
         self._signals = SignalWatch()
         self._stop_reason: str | None = None
         self._preempted_by: signal.Signals | None = None
         self._num_tokens_in_batch: torch.Tensor | int = 0
         self._last_counted_step = -1
-        for callback in list(self.callback_handler.callbacks):
-            if type(callback).__name__ in ("ProgressCallback", "PrinterCallback"):
-                self.remove_callback(callback)
-        self.add_callback(PlainConsoleCallback if self.args.disable_tqdm else ConsoleCallback)
-        self.add_callback(JsonLinesCallback)
 
     # ---- losses ----
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As in `Trainer`, and count the unmasked tokens of the whole batch, which the router losses are means over."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        num_tokens = sum(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum() for batch in batches)
+        num_tokens = sum(num_unmasked(batch) for batch in batches)
         if batches and self.args.average_tokens_across_devices and self.args.world_size > 1:
             num_tokens = self.accelerator.gather(num_tokens.to(device)).sum()
         self._num_tokens_in_batch = num_tokens
         self._position.read(batches)
+        if batches:
+            self._begin_step(batches[0]["input_ids"].shape[1])
         return batches, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """As in `Trainer`, with the count of tokens handed to the model and the loss's parts kept for the log."""
+        """As in `Trainer`, with the count of tokens handed to the model."""
         inputs = {**inputs, "num_tokens_in_batch": self._num_tokens_in_batch}
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        self._metrics.add_micro_batch(outputs)
-        return (loss, outputs) if return_outputs else loss
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Return statistics of every sample instead of logits; `compute_metrics` makes token-weighted means of them."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs)
-        statistics = sample_statistics(outputs, inputs["labels"])
-        # Trainer computes metrics only where there are labels; ours are already in the statistics.
-        return None, statistics, torch.zeros_like(statistics[:, 0])
-
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """As in `Trainer`, but training goes on with the random numbers that it would have had without."""
-        with torch.random.fork_rng(devices=[]):
-            return super().evaluate(*args, **kwargs)
-
-    def floating_point_ops(self, inputs) -> int:
-        """6 FLOPs for each *active* matrix parameter and token, forward and backward; attention is not counted."""
-        return 6 * self._active_parameters.in_matrices * inputs["input_ids"].numel()
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     # ---- steps ----
 
@@ -88,17 +62,23 @@ class MoETrainer(CheckpointingTrainer):
         if self._deepspeed_json is not None and not self._engine_checks_gradients():
             report_clipped_norm(self.model_wrapped)
         self._bias_updater = RouterBiasUpdater(self.accelerator.unwrap_model(self.model))
-        self._metrics.restart_clock()
         return prepared
 
     def create_optimizer(self, model=None):
-        """As in `Trainer`; AutoEP's experts get their own groups, and a guard looks for NaN where nobody does."""
+        """As in `Trainer`; routers and AutoEP's experts get own groups, and a guard looks for NaN where nobody does.
+
+        Routers that `--freeze_router` freezes are taken out of training here, before there is an engine.
+        """
         if self.optimizer is not None:
             return self.optimizer
+        if self._topology.routers == "frozen":
+            freeze_routers(self.model)
         try:
             optimizer = super().create_optimizer(model)
         except ImportError as error:
             raise ConfigError(f"--optim {self.args.optim.value} needs a package: {error}") from error
+        if self._topology.routers == "own":
+            split_router_group(optimizer, self.model, self.args)
         if self._deepspeed_json is not None and autoep_enabled(self._deepspeed_json):
             from ..parallel.autoep import split_expert_groups
 
@@ -116,7 +96,7 @@ class MoETrainer(CheckpointingTrainer):
         if self.state.global_step == self._last_counted_step:
             return
         self._last_counted_step = self.state.global_step
-        self._metrics.add_step(self._num_tokens_in_batch)
+        self._end_step(self._num_tokens_in_batch)
         self._position.step(ends_epoch=float(self.state.epoch).is_integer())
         skipped = self._guard.skipped or self.accelerator.optimizer_step_was_skipped
         # Here, because checkpoints of this step come after it.
@@ -143,34 +123,25 @@ class MoETrainer(CheckpointingTrainer):
         if self._globalstep_last_logged == self.state.global_step:
             # Trainer resets its sum by subtracting it from itself, which leaves a NaN in there for ever.
             self._tr_loss.zero_()
-        if self.control.should_evaluate or self.control.should_save:
-            self._metrics.restart_clock()
         if self._preempted_by is not None and self._stop_reason is None:
             raise Preempted(
                 f"Stopped by {self._preempted_by.name} after step {self.state.global_step}; the checkpoint is "
                 f"{self._checkpoint_folder()}. Go on with --resume_from_checkpoint auto."
             )
 
-    def log(self, logs, start_time=None) -> None:
-        """As in `Trainer`, with the loss's parts, throughput and skipped steps in every training entry."""
-        if "loss" in logs:
-            logs |= self._metrics.pop() | {"skipped_steps": self._skips.total}
-        super().log(logs, start_time)
-
     def train(self, *args, **kwargs):
         """As in `Trainer`.
 
         Raises:
-            TrainingStopped: too many steps in a row were not finite; a checkpoint was saved.
+            TrainingStopped: too many steps in a row were not finite, or a router has collapsed and that was to end the
+                run; a checkpoint was saved.
             Preempted: a signal has asked for the machine; a checkpoint was saved.
         """
         self._signals.start()
         result = super().train(*args, **kwargs)
         self._signals.stop()
-        if self._stop_reason is not None:
-            raise TrainingStopped(
-                f"Training stopped: {self._stop_reason}. The checkpoint is {self._checkpoint_folder()}."
-            )
+        if (reason := self._stop_reason or self._watchdog.collapsed) is not None:
+            raise TrainingStopped(f"Training stopped: {reason}. The checkpoint is {self._checkpoint_folder()}.")
         return result
 
     def _run_epoch(self, **kwargs) -> None:

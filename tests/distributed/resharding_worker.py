@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import worker
+from deepspeed import zero
 from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_optimizer_state
 from transformers import TrainerCallback
 
@@ -36,11 +37,15 @@ class StateRecorder(TrainerCallback):
             engine.optimizer._lazy_init_hp_params_optimizer_state()
         whole = {key: worker.assemble(engine.module, lambda param, key=key: read(engine, param, key)) for key in STATES}
         if dist.get_rank() == 0:
-            torch.save(whole, path)
+            # What is frozen has no moments.
+            torch.save({key: {name: t for name, t in whole[key].items() if t is not None} for key in STATES}, path)
 
 
-def read(engine, param: torch.nn.Parameter, key: str) -> torch.Tensor:
+def read(engine, param: torch.nn.Parameter, key: str) -> torch.Tensor | None:
     """Return the float32 weight or a moment of a parameter, as far as this rank's experts go."""
+    if not param.requires_grad:
+        with zero.GatheredParameters([param]):
+            return param.detach().float().clone() if key == "fp32" else None
     if engine.zero_optimization_stage() == 0:
         return read_whole(engine.optimizer, param, key)
     value = safe_get_full_fp32_param(param) if key == "fp32" else safe_get_full_optimizer_state(param, key)

@@ -214,9 +214,14 @@ def test_evaluation_is_over_tokens(lab):
     """Seven rows over two ranks of two: the last batch is filled up with duplicates, which must not count."""
     model = MoEForCausalLM.from_pretrained(lab / "evaluated" / "hf").eval()
     total, count = 0.0, 0
+    loads = torch.zeros(2, 4, dtype=torch.int64)
     for row in make_rows(7):
         ids, labels = torch.tensor([row["input_ids"]]), row["labels"]
-        log_probs = model(ids).logits[0].log_softmax(-1)
+        outputs = model(ids, output_router_logits=True)
+        log_probs = outputs.logits[0].log_softmax(-1)
+        for load, logits in zip(loads, outputs.router_logits, strict=True):
+            for experts in logits.topk(2).indices.tolist():
+                load[experts] += 1
         for position in range(1, len(labels)):
             if labels[position] != -100:
                 total -= log_probs[position - 1, labels[position]].item()
@@ -226,6 +231,9 @@ def test_evaluation_is_over_tokens(lab):
     assert metrics["eval_loss"] == pytest.approx(total / count, rel=1e-5)
     assert metrics["eval_perplexity"] == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-4)
     assert metrics["eval_aux_loss"] > 0 and metrics["eval_z_loss"] > 0
+    for layer, load in zip((1, 3), loads.tolist(), strict=True):
+        assert metrics[f"eval_max_vio/layer_{layer}"] == pytest.approx(max(load) / sum(load) * 4 - 1, rel=1e-9)
+        assert metrics[f"eval_dead_experts/layer_{layer}"] == load.count(0)
 
 
 def test_evaluation_alone_gives_the_same(lab):
@@ -240,7 +248,7 @@ def test_resuming_continues_bit_for_bit(lab, name):
     whole, resumed = training_steps(lab, f"whole_{name}"), training_steps(lab, f"resumed_{name}")
     assert [entry["step"] for entry in resumed] == [1, 2, 3, 4, 5, 6]  # the first three come from the saved state
     for entry, again in zip(whole, resumed, strict=True):
-        for key in ("loss", "grad_norm", "learning_rate", "aux_loss", "z_loss"):
+        for key in ("loss", "grad_norm", "learning_rate", "aux_loss", "z_loss", "num_tokens", "dead_experts"):
             assert entry[key] == again[key], (entry["step"], key)
     before, after = exported(lab, f"whole_{name}"), exported(lab, f"resumed_{name}")
     assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())

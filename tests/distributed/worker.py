@@ -48,12 +48,30 @@ def record(trainer, metrics: dict, error: str | None, folder: Path) -> None:
     trainer.model.eval()
     with torch.no_grad():
         logits = trainer.model_wrapped(input_ids=PROBE).logits
-    weights = assemble_weights(trainer.model)
+    weights, dispatched = assemble_weights(trainer.model), count_dispatched(trainer)
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         torch.save({"logits": logits, "weights": weights}, folder / "live.pt")
         result = {"log_history": trainer.state.log_history, "metrics": metrics, "error": error}
-        (folder / "result.json").write_text(json.dumps(result))
+        (folder / "result.json").write_text(json.dumps(result | {"dispatched": dispatched}))
+
+
+def count_dispatched(trainer) -> list[int]:
+    """Return how many rows the experts of each expert-parallel layer get, over all ranks, in training on the probe."""
+    rows = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args: rows.append(int(args[1].sum())))
+        for name, module in trainer.model.named_modules()
+        if name.endswith(".experts") and hasattr(module, "w1")
+    ]
+    trainer.model.train()
+    with torch.no_grad():
+        trainer.model_wrapped(input_ids=PROBE)
+    for hook in hooks:
+        hook.remove()
+    total = torch.tensor(rows)
+    dist.all_reduce(total)
+    return total.tolist()
 
 
 def assemble_weights(model) -> dict[str, torch.Tensor] | None:

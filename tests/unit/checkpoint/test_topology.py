@@ -14,6 +14,7 @@ OTHER = {
     "expert_parallel_size": (0, None),
     "zero_stage": (2, None),
     "dtype": ("float32", "the training dtype must stay bfloat16"),
+    "routers": ("own", None),
 }
 # What training may change from one run to the next: losses, initial values, dropout, what generation uses.
 NOT_PART_OF_THE_MODEL = {

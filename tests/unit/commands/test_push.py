@@ -104,7 +104,8 @@ def test_push_in_a_process_of_its_own(exported, tmp_path):
         assert not hub.repos and READER not in refused.stderr
         done = run(WRITER)
         assert done.returncode == 0, done.stderr
-        assert f"pushed 12 files to {hub.url}/org/model, commit {hub.repos['org/model'].branches['main']}" in done.stdout
+        commit = hub.repos["org/model"].branches["main"]
+        assert f"pushed 12 files to {hub.url}/org/model, commit {commit}" in done.stdout
         assert hub.requests["shard"] == 1 and not hub.requests["batch"]
         weights = (exported / "model.safetensors").read_bytes()
         assert visible(hub, "org/model")["model.safetensors"] == weights

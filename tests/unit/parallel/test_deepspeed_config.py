@@ -189,6 +189,11 @@ def test_values_are_judged_by_deepspeed(config, sentence):
         ({"fp16": {}}, {"fp16": True, "bf16": False}, "fp16.enabled is missing although --fp16 is set"),
         ({"bf16.enabled": True}, {"bf16": False}, 'bf16.enabled=true contradicts --bf16 False; write "auto" or false'),
         ({"bf16.enabled": False}, {}, 'bf16.enabled=false contradicts --bf16 True; write "auto" or true'),
+        (
+            {"fp16.enabled": True, "bf16": None, "zero_optimization.stage": 0, "expert_parallel": None},
+            {"fp16": True, "bf16": False},
+            "fp16.enabled=true at ZeRO stage 0: DeepSpeed divides gradients by a loss scale that it has not applied",
+        ),
         ({"fp16.enabled": True}, {}, 'fp16.enabled=true contradicts --fp16 False; write "auto" or false'),
         ({}, {"fp16": True}, "bf16.enabled=true and fp16.enabled=true exclude each other"),
         ({"bf16.enabled": "on"}, {}, 'bf16.enabled="on" must be true, false or "auto"'),

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from small import make_rows, small_config
@@ -11,7 +10,8 @@ from transformers import EvalPrediction
 from moe_hf import MoEForCausalLM
 from moe_hf.modeling_moe import MoECausalLMOutput
 from moe_hf.training.collator import CausalLMCollator
-from moe_hf.training.evaluation import compute_metrics, sample_statistics
+from moe_hf.training.evaluation import EvaluationMetrics, sample_statistics
+from moe_hf.training.telemetry.loads import LatestLoads
 
 
 def summed_cross_entropy(logits: torch.Tensor, labels: list[int]) -> tuple[float, int]:
@@ -25,8 +25,31 @@ def summed_cross_entropy(logits: torch.Tensor, labels: list[int]) -> tuple[float
     return total, count
 
 
-def metrics_of(*statistics: torch.Tensor) -> dict[str, float]:
-    return compute_metrics(EvalPrediction(predictions=torch.cat(statistics).numpy(), label_ids=None))
+def metrics_of(*statistics: torch.Tensor, loads: LatestLoads | None = None) -> dict[str, float]:
+    """Return the result of an evaluation with these statistics as its steps."""
+    metrics = EvaluationMetrics(small_config(), loads or LatestLoads())
+    *steps, last = (EvalPrediction(predictions=step, label_ids=None) for step in statistics)
+    for step in steps:
+        assert metrics(step, compute_result=False) == {}
+    return metrics(last, compute_result=True)
+
+
+def assignments_of(model: MoEForCausalLM, batch: dict) -> list[list[list[int]]]:
+    """Return for each sparse layer and row how many of its tokens that are not padding have each expert as a choice."""
+    with torch.no_grad():
+        outputs = model(batch["input_ids"], attention_mask=batch.get("attention_mask"), output_router_logits=True)
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    layers = []
+    for logits in outputs.router_logits:
+        rows = []
+        for of_row, kept in zip(logits.unflatten(0, mask.shape), mask.tolist(), strict=True):
+            counts = [0] * logits.shape[1]
+            for token, keep in zip(of_row.tolist(), kept, strict=True):
+                for expert in sorted(range(len(token)), key=lambda e: token[e])[-2:]:
+                    counts[expert] += keep
+            rows.append(counts)
+        layers.append(rows)
+    return layers
 
 
 def test_every_sample_has_its_own_sums():
@@ -66,8 +89,10 @@ def test_loss_is_the_mean_over_tokens_not_over_batches():
         total, count = total + of_batch, count + tokens
         aux, z = aux + tokens * output.aux_loss.item(), z + tokens * output.z_loss.item()
         means.append(of_batch / tokens)
-    metrics = metrics_of(*(sample_statistics(o, b["labels"]) for o, b in zip(outputs, batches, strict=True)))
-    assert metrics == {
+    steps = [sample_statistics(o, b["labels"]) for o, b in zip(outputs, batches, strict=True)]
+    metrics = metrics_of(*steps)
+    assert metrics_of(torch.cat(steps)) == pytest.approx(metrics, rel=1e-12), "all rows at once give the same"
+    assert {name: metrics[name] for name in ("loss", "perplexity", "tokens", "aux_loss", "z_loss")} == {
         "loss": pytest.approx(total / count, rel=1e-6),
         "perplexity": pytest.approx(math.exp(total / count), rel=1e-5),
         "tokens": count,
@@ -94,11 +119,87 @@ def test_values_are_plain_numbers_that_json_can_hold():
 
 
 def test_without_a_label_there_is_no_loss():
-    metrics = compute_metrics(EvalPrediction(predictions=np.zeros((2, 4)), label_ids=None))
+    metrics = metrics_of(torch.zeros(2, 4))
     assert math.isnan(metrics["loss"]) and math.isnan(metrics["perplexity"])
 
 
 def test_a_hopeless_model_has_infinite_perplexity():
     """Exponentials of more than 709 do not fit; that is no reason to end a run."""
-    with np.errstate(over="ignore"):
-        assert metrics_of(torch.tensor([[1000.0, 1.0, 0.0, 0.0]]))["perplexity"] == math.inf
+    assert metrics_of(torch.tensor([[1000.0, 1.0, 0.0, 0.0]]))["perplexity"] == math.inf
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Loads
+
+
+def test_every_sample_has_its_own_assignments():
+    """Counted token by token, with padding, in the columns after the four of the losses."""
+    torch.manual_seed(8)
+    model = MoEForCausalLM(small_config()).eval()
+    batch = CausalLMCollator(pad_token_id=0)(make_rows(5))
+    with torch.no_grad():
+        statistics = sample_statistics(model(**batch), batch["labels"])
+    first, second = assignments_of(model, batch)
+    assert statistics[:, 4:].tolist() == [one + other for one, other in zip(first, second, strict=True)]
+
+
+def test_loads_are_those_of_all_samples():
+    torch.manual_seed(9)
+    model, loads = MoEForCausalLM(small_config()).eval(), LatestLoads()
+    rows, collate = make_rows(9), CausalLMCollator(pad_token_id=0)
+    batches = [collate(rows[start : start + 4]) for start in range(0, 9, 4)]
+    with torch.no_grad():
+        metrics = metrics_of(*(sample_statistics(model(**b), b["labels"]) for b in batches), loads=loads)
+    for number, name in enumerate(("layer_1", "layer_3")):
+        counts = [0] * 4
+        for batch in batches:
+            for row in assignments_of(model, batch)[number]:
+                counts = [total + count for total, count in zip(counts, row, strict=True)]
+        assert sum(counts) == 2 * sum(len(row["input_ids"]) for row in rows)
+        assert loads.eval[name] == [count / sum(counts) for count in counts]
+        assert metrics[f"max_vio/{name}"] == pytest.approx(4 * max(counts) / sum(counts) - 1)
+    assert metrics["max_vio"] == pytest.approx((metrics["max_vio/layer_1"] + metrics["max_vio/layer_3"]) / 2)
+    entropies = [metrics[f"load_entropy/layer_{layer}"] for layer in (1, 3)]
+    assert metrics["load_entropy"] == pytest.approx(sum(entropies) / 2)
+
+
+def test_dead_experts_got_no_token_in_the_whole_evaluation():
+    def step(*layers: list[int]) -> torch.Tensor:
+        return torch.tensor([[1.0, 1.0, 0.0, 0.0, *layers[0], *layers[1]]])
+
+    metrics = metrics_of(step([4, 0, 0, 0], [1, 1, 1, 0]), step([1, 1, 0, 0], [0, 0, 1, 1]))
+    dead = {name: value for name, value in metrics.items() if name.startswith("dead")}
+    assert dead == {"dead_experts/layer_1": 2, "dead_experts/layer_3": 0, "dead_experts": 2}
+
+
+def test_counts_beyond_what_float32_holds_are_exact():
+    """Every row's is one, but not their sum: 2**24 + 1 is no float32."""
+    loads = LatestLoads()
+    rows = torch.tensor([[1.0, 1.0, 0.0, 0.0, first, *[1.0] * 7] for first in (2.0**24, 1.0, 1.0)])
+    metrics_of(rows, rows[1:], loads=loads)
+    total = 2**24 + 4 + 15
+    assert loads.eval["layer_1"] == [(2**24 + 4) / total, 5 / total, 5 / total, 5 / total]
+
+
+def test_every_evaluation_begins_anew():
+    loads = LatestLoads()
+    metrics = EvaluationMetrics(small_config(), loads)
+
+    def evaluate(value: float, compute_result: bool = True) -> dict[str, float]:
+        rows = torch.tensor([[value, 1.0, value, value, value, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]])
+        return metrics(EvalPrediction(predictions=rows, label_ids=None), compute_result=compute_result)
+
+    assert evaluate(3.0)["loss"] == 3.0
+    first = loads.eval
+    assert evaluate(5.0)["loss"] == 5.0
+    assert first["layer_1"] == [0.5, 1 / 6, 1 / 6, 1 / 6] and loads.eval["layer_1"][0] == 5 / 8
+    # One that did not come to its end.
+    evaluate(100.0, compute_result=False)
+    metrics.reset()
+    assert (evaluate(3.0)["loss"], loads.eval) == (3.0, first)
+
+
+def test_an_evaluation_without_routers_takes_back_the_loads_of_another():
+    loads = LatestLoads(eval={"layer_1": [1.0]})
+    metrics_of(torch.tensor([[6.0, 3.0, 0.0, 0.0]]), loads=loads)
+    assert loads.eval is None

@@ -23,10 +23,10 @@ from moe_hf import MoEForCausalLM, cli
 from moe_hf.checkpoint.manifest import Progress, is_whole, read_manifest
 from moe_hf.errors import CheckpointError, ConfigError
 from moe_hf.parallel.failure import FailureRelay
-from moe_hf.training import metrics as metrics_module
 from moe_hf.training import pipeline, saving
 from moe_hf.training.pipeline import build_trainer, execute, train_and_export
 from moe_hf.training.preemption import Preempted
+from moe_hf.training.telemetry import throughput
 from moe_hf.training.trainer import TrainingStopped
 
 EXPORTED = {
@@ -256,7 +256,7 @@ def test_time_before_the_first_step_is_left_out_of_the_throughput(lab, monkeypat
         return prepare(*args)
 
     monkeypatch.setattr(Trainer, "_prepare_for_training", prepare_slowly)
-    monkeypatch.setattr(metrics_module, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + waited[0]))
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + waited[0]))
     lab.train("timed", max_steps=1)
     assert lab.steps("timed")[0]["tokens_per_second"] > 1
 

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Train the same small mixture of experts with every method of balancing, on the same data from the same seed, and lay
+# the runs side by side: a table on the console, a page and figures in runs/compare_routing/report.
+#
+#   bash scripts/compare_routing.sh                    all methods
+#   bash scripts/compare_routing.sh loss_free none     some of them
+#
+# Runs on all local accelerators, or in two CPU processes where there is none. STEPS=50 makes it shorter.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+declare -A overrides=(
+    [aux_loss_global]="router_balancing=aux_loss,router_aux_loss_scope=global"
+    [aux_loss_local]="router_balancing=aux_loss,router_aux_loss_scope=local"
+    [aux_loss_sequence]="router_balancing=aux_loss,router_aux_loss_scope=sequence"
+    [loss_free]="router_balancing=loss_free,scoring_func=sigmoid,router_bias_update_speed=0.01"
+    [sinkhorn]="router_balancing=sinkhorn"
+    [dropping]="router_balancing=aux_loss,expert_capacity_factor=1.0"
+    [none]="router_balancing=none"
+)
+methods=("$@")
+if [ $# -eq 0 ]; then
+    methods=(aux_loss_global aux_loss_local aux_loss_sequence loss_free sinkhorn dropping none)
+fi
+for method in "${methods[@]}"; do
+    if [ -z "${overrides[$method]:-}" ]; then
+        echo "error: there is no method '$method'; choose among: ${!overrides[*]}" >&2
+        exit 2
+    fi
+done
+
+folder=runs/compare_routing
+options=()
+accelerators=$(count_accelerators)
+if [ "$accelerators" -ge 1 ]; then
+    processes=$accelerators
+    options+=(--bf16 True --expert_parallel_size $((accelerators % 2 == 0 ? 2 : 1)))
+else
+    processes=2
+    export DS_ACCELERATOR=cpu
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( $(nproc) / 2 > 0 ? $(nproc) / 2 : 1 ))}
+fi
+export TOKENIZERS_PARALLELISM=false PYTHONWARNINGS="ignore::FutureWarning"
+
+runs=()
+for method in "${methods[@]}"; do
+    echo "== $method: ${overrides[$method]}"
+    PATH="$PWD/.venv/bin:$PATH" .venv/bin/deepspeed --log_level warning --num_accelerators "$processes" \
+        run_clm_moe.py \
+        --config_name quickstart --config_overrides "${overrides[$method]}" \
+        --deepspeed ds_configs/zero3_ep.json \
+        --output_dir "$folder/$method" --overwrite_output_dir \
+        --block_size 256 --per_device_train_batch_size 8 --per_device_eval_batch_size 8 \
+        --max_steps "${STEPS:-200}" --learning_rate 3e-3 --lr_scheduler_type cosine --warmup_steps 20 \
+        --weight_decay 0.1 --adam_beta2 0.95 --seed 42 --logging_steps 10 --save_strategy no --disable_tqdm True \
+        --do_train --do_eval --max_eval_samples 128 \
+        "${options[@]}"
+    runs+=("$folder/$method")
+done
+
+.venv/bin/moe-hf report "${runs[@]}" --output "$folder/report"
