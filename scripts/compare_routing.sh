@@ -50,8 +50,8 @@ for method in "${methods[@]}"; do
         --config_name quickstart --config_overrides "${overrides[$method]}" \
         --deepspeed ds_configs/zero3_ep.json \
         --output_dir "$folder/$method" --overwrite_output_dir \
-        --block_size 256 --per_device_train_batch_size 8 --per_device_eval_batch_size 8 \
-        --max_steps "${STEPS:-200}" --learning_rate 3e-3 --lr_scheduler_type cosine --warmup_steps 20 \
+        --block_size 256 --per_device_train_batch_size 4 --per_device_eval_batch_size 8 \
+        --max_steps "${STEPS:-240}" --learning_rate 3e-3 --lr_scheduler_type cosine --warmup_steps 20 \
         --weight_decay 0.1 --adam_beta2 0.95 --seed 42 --logging_steps 10 --save_strategy no --disable_tqdm True \
         --do_train --do_eval --max_eval_samples 128 \
         "${options[@]}"

@@ -172,7 +172,7 @@ def _architecture(config: MoEConfig) -> dict[str, str]:
     if config.shared_expert_intermediate_size:
         gate = ", weighed by a sigmoid gate" if config.shared_expert_gate else ""
         rows["shared expert"] = f"width {config.shared_expert_intermediate_size:,}{gate}"
-    return rows | {"router": _router(config), "load balancing": _balancing(config)} | _z_loss(config)
+    return rows | {"router": _router(config), "load balancing": _balancing(config)} | _further_routing(config)
 
 
 def _router(config: MoEConfig) -> str:
@@ -187,15 +187,28 @@ def _router(config: MoEConfig) -> str:
 
 
 def _balancing(config: MoEConfig) -> str:
+    has_loss = config.has_balancing_loss and config.router_aux_loss_coef
+    loss = f"loss with weight {config.router_aux_loss_coef} ({config.router_aux_loss_scope})" if has_loss else "none"
     if config.router_balancing == "loss_free":
-        return f"without a loss: a bias for the choice, moved by {config.router_bias_update_speed} at every step"
-    if config.router_balancing == "none" or not config.router_aux_loss_coef:
-        return "none"
-    return f"loss with weight {config.router_aux_loss_coef} ({config.router_aux_loss_scope})"
+        bias = f"a bias for the choice, moved by {config.router_bias_update_speed} at every step"
+        return f"{bias}, and a {loss}" if has_loss else f"without a loss: {bias}"
+    if config.router_balancing == "sinkhorn":
+        return f"Sinkhorn's assignment in training ({config.sinkhorn_iterations} iterations), plain top-k otherwise"
+    if config.router_balancing == "expert_choice":
+        return "experts choose among all tokens, later ones included: losses are not causal, and it cannot generate"
+    return loss
 
 
-def _z_loss(config: MoEConfig) -> dict[str, str]:
-    return {"router z-loss": f"weight {config.router_z_loss_coef}"} if config.router_z_loss_coef else {}
+def _further_routing(config: MoEConfig) -> dict[str, str]:
+    rows = {}
+    if config.expert_capacity_factor is not None:
+        policy = "" if config.router_balancing == "expert_choice" else f", taken by {config.token_drop_policy}"
+        rows["expert capacity"] = f"{config.expert_capacity_factor} times the even share, in training{policy}"
+    if config.router_jitter_noise:
+        rows["router noise"] = f"inputs times 1 ± {config.router_jitter_noise}, in training"
+    if config.router_z_loss_coef:
+        rows["router z-loss"] = f"weight {config.router_z_loss_coef}"
+    return rows
 
 
 def _data_rows(data: TrainingData, num_tokens: int | None) -> dict[str, str]:

@@ -26,7 +26,9 @@ def add_parser(commands) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     from ..reporting.page import check_output, write_report
     from ..reporting.runs import read_runs
+    from ..reporting.summary import as_markdown
 
     check_output(arguments.output)
     runs = read_runs(arguments.runs)
-    print(write_report(runs, arguments.output))
+    page = write_report(runs, arguments.output)
+    print(as_markdown(runs), page, sep="\n\n")

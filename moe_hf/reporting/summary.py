@@ -38,6 +38,23 @@ def summarize(runs: Sequence[Run]) -> list[Column]:
     return [column for column in columns if any(cell != MISSING for cell in column.cells)]
 
 
+def as_markdown(runs: Sequence[Run]) -> str:
+    """Return the same table in Markdown, aligned so that a terminal shows it as well."""
+    columns = [Column("Run", [run.name for run in runs], is_number=False), *summarize(runs)]
+    widths = [max(3, *map(len, [column.heading, *column.cells])) for column in columns]
+    headings = [_aligned(column.heading, width, column) for column, width in zip(columns, widths, strict=True)]
+    rules = [(width - 1) * "-" + (":" if c.is_number else "-") for c, width in zip(columns, widths, strict=True)]
+    rows = [
+        [_aligned(column.cells[place], width, column) for column, width in zip(columns, widths, strict=True)]
+        for place in range(len(runs))
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [headings, rules, *rows])
+
+
+def _aligned(text: str, width: int, column: Column) -> str:
+    return text.rjust(width) if column.is_number else text.ljust(width)
+
+
 def _end(run: Run, key: str) -> float | None:
     ends = [end for table in (run.training, run.evaluations) if (end := table.last(key)) is not None]
     return max(ends, default=None)

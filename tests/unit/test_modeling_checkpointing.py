@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers_model import gradients, random_ids, tiny_model
+from torch.utils.checkpoint import noop_context_fn
 
 from moe_hf.modeling_moe import MoEAttention
 
@@ -72,3 +73,61 @@ def test_router_losses_reach_every_router(checkpointing, loss_name):
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-6, atol=1e-7)
     # The last layer's router reads what the first layer wrote, so the loss goes all the way down.
     assert actual["model.layers.0.mlp.down_proj.weight"].abs().max() > 1e-6
+
+
+METHODS = {
+    "plain": {},
+    "first the top-k": {"topk_before_softmax": True},
+    "groups": {"num_experts": 8, "n_group": 4, "topk_group": 2},
+    "loss_free": {"router_balancing": "loss_free", "scoring_func": "sigmoid"},
+    "sinkhorn": {"router_balancing": "sinkhorn"},
+    "position": {"expert_capacity_factor": 0.7, "token_drop_policy": "position"},
+    "probability": {"expert_capacity_factor": 0.7, "token_drop_policy": "probability"},
+    "noise": {"router_jitter_noise": 0.5, "expert_capacity_factor": 0.7},
+    "expert_choice": {"router_balancing": "expert_choice"},
+}
+
+
+def choices_of_both_passes(changes: dict) -> tuple[list, list]:
+    """Return what every router chose in the forward pass and in recomputation, which sees other inputs.
+
+    The inputs are what sums in another order give, only more so; all that is equal before is equal after.
+    """
+    torch.manual_seed(0)
+    model = tiny_model(num_hidden_layers=3, **changes).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    draw, seen = torch.Generator().manual_seed(1), {"forward": {}, "recomputation": {}}
+    now = "forward"
+
+    def disturb(module, args) -> tuple:
+        return (args[0] + 0.3 * torch.randn(args[0].shape, generator=draw), *args[1:])
+
+    def note(module, args, output) -> None:
+        weights, index = output[:2]
+        seen[now][id(module)] = (index.clone(), weights == 0)
+
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_pre_hook(disturb)
+        layer.mlp.gate.register_forward_hook(note)
+    input_ids = random_ids(3, 16)
+    loss = model(input_ids, labels=input_ids, use_cache=False).loss
+    now = "recomputation"
+    loss.backward()
+    assert len(seen["forward"]) == len(seen["recomputation"]) == 3
+    return tuple(list(seen[which][id(layer.mlp.gate)] for layer in model.model.layers) for which in seen)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_recomputation_takes_over_choices_and_drops(method):
+    first, second = choices_of_both_passes(METHODS[method])
+    for (index, dropped), (again, dropped_again) in zip(first, second, strict=True):
+        assert torch.equal(index, again) and torch.equal(dropped, dropped_again)
+    if "expert_capacity_factor" in METHODS[method]:
+        assert any(dropped.any() for _, dropped in first)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_that_recomputation_would_choose_anew(method, monkeypatch):
+    monkeypatch.setattr("moe_hf.modeling_moe.keep_choices", noop_context_fn)
+    first, second = choices_of_both_passes(METHODS[method])
+    assert any(not torch.equal(index, again) for (index, _), (again, _) in zip(first, second, strict=True))

@@ -140,6 +140,29 @@ def test_router_appears_as_it_is_configured():
         assert rows_of(render_model_card(MoEConfig(**SIZES | unbalanced), []))["load balancing"] == "none"
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"router_balancing": "sinkhorn"}, {"load balancing": "Sinkhorn's assignment in training (8 iterations)"}),
+        ({"router_balancing": "expert_choice"}, {"load balancing": "losses are not causal, and it cannot generate"}),
+        (
+            {"router_balancing": "loss_free", "router_aux_loss_scope": "sequence", "router_aux_loss_coef": 1e-4},
+            {"load balancing": "moved by 0.001 at every step, and a loss with weight 0.0001 (sequence)"},
+        ),
+        ({"router_balancing": "sinkhorn", "router_jitter_noise": 0.1}, {"router noise": "inputs times 1 ± 0.1"}),
+        (
+            {"expert_capacity_factor": 1.25, "token_drop_policy": "position"},
+            {"expert capacity": "1.25 times the even share, in training, taken by position"},
+        ),
+        ({}, {"expert capacity": None, "router noise": None}),
+    ],
+)
+def test_card_tells_the_method(changes, expected):
+    rows = rows_of(render_model_card(MoEConfig(**SIZES | {"num_experts": 8} | changes), []))
+    for name, text in expected.items():
+        assert name not in rows if text is None else text in rows[name]
+
+
 DATA = TrainingData("`a|b.jsonl`", "held out", "packing blocks, at most 64 tokens", "org/corpus")
 
 

@@ -12,7 +12,8 @@ def test_a_page_is_written_where_asked(tmp_path, capsys):
     paths = [write_entries(tmp_path / name, ENTRIES) for name in ("a", "b")]
     cli.main(["report", *map(str, paths), "--output", str(tmp_path / "out")])
     page = tmp_path / "out" / "report.html"
-    assert capsys.readouterr().out == f"{page}\n"
+    table = ["| Run | Steps | Training loss |", "| --- | ----: | ------------: |", "| a   |     2 |        1.0000 |"]
+    assert capsys.readouterr().out.splitlines() == [*table, table[-1].replace("a", "b"), "", str(page)]
     assert "Training report: 2 runs" in page.read_text()
 
 
