@@ -31,6 +31,7 @@ class FailureRelay:
         self._store = None
         self._printing = threading.Lock()
         self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def watch(self) -> None:
         """Start watching for errors of other processes; a process group must exist. Does nothing when called again."""
@@ -39,7 +40,8 @@ class FailureRelay:
         # A connection of its own: the group's blocks while it waits for a peer.
         self._store = dist.distributed_c10d._get_default_store().clone()
         self._store.set_timeout(timedelta(seconds=_PATIENCE_SECONDS))
-        threading.Thread(target=self._poll, name="failure-relay", daemon=True).start()
+        self._thread = threading.Thread(target=self._poll, name="failure-relay", daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
         """Stop watching once all processes have come to their end (a collective call); the second call does nothing."""
@@ -47,6 +49,8 @@ class FailureRelay:
             # Rank 0 takes the store with it; to a process that still watched this would look like a failure.
             raise_together(None)
             self._stopped.set()
+            # A thread that is in the store's C++ code while the interpreter ends would abort the process.
+            self._thread.join()
 
     def exit(self, sentence: str) -> None:
         """Print `sentence` once over all processes and end this one with exit code 2; does not return."""

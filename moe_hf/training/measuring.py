@@ -159,6 +159,9 @@ class MeasuringTrainer(CheckpointingTrainer):
             if self._statistics.num_tokens:
                 logs["num_tokens"] = self._statistics.num_tokens
         super().log(logs, start_time)
+        # The state goes into every checkpoint: what is said of single layers is in metrics.jsonl.
+        entry = self.state.log_history[-1]
+        self.state.log_history[-1] = {name: value for name, value in entry.items() if "/layer_" not in name}
 
     def _save_checkpoint(self, model, trial) -> None:
         self._statistics.settle_tokens()

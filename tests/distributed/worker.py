@@ -40,6 +40,7 @@ def main() -> None:
         del trainer
         gc.collect()
         dist.barrier()
+    relay.stop()
     dist.destroy_process_group()
 
 
