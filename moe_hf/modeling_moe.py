@@ -311,12 +311,13 @@ class MoEModelOutput(MoeModelOutputWithPast):
 class MoECausalLMOutput(MoeCausalLMOutputWithPast):
     """Output of `MoEForCausalLM`; `loss = ce_loss + router_aux_loss_coef * aux_loss + router_z_loss_coef * z_loss`.
 
-    Where no balancing loss is asked for, the loss has no part of `aux_loss`, which then only tells of the balance.
+    Where no balancing loss is asked for, the loss has no part of `aux_loss`, which then only tells of the balance of
+    one rank's tokens.
     `aux_loss` and `z_loss` are the sums of the per-layer `layer_aux_losses` and `layer_z_losses`, each `(L,)`.
 
     `tokens_per_expert` `(L, B, E)` counts the assignments of each sequence's unmasked tokens, and
     `dropped_assignments` `(L, B)` those among them for which the expert had no room (`None` without a capacity).
-    `router_entropy` and `router_logit_max`, each `(L,)`, are described in `router_statistics`.
+    `router_entropy` and `router_logit_max`, each `(L, B)`, are described in `router_statistics`.
     """
 
     ce_loss: torch.FloatTensor | None = None
@@ -608,14 +609,16 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         num_tokens_in_batch: torch.Tensor | float | None,
     ) -> None:
         config = self.config
+        # Evaluation uses local statistics: ranks with uneven batches must never wait for each other. Nor is it worth a
+        # message what a loss would be that is none.
+        reduces = self.training and (config.has_balancing_loss or num_tokens_in_batch is None)
         losses = router_losses(
             outputs.router_logits,
             result.tokens_per_expert,
             token_mask,
             scope=config.router_aux_loss_scope,
             num_tokens_in_batch=num_tokens_in_batch,
-            # Evaluation uses local statistics: ranks with uneven batches must never wait for each other.
-            reduce_statistics=self.reduce_router_statistics if self.training else None,
+            reduce_statistics=self.reduce_router_statistics if reduces else None,
             scoring_func=config.scoring_func,
         )
         result.aux_loss, result.z_loss = losses.aux.sum(), losses.z.sum()

@@ -119,13 +119,15 @@ def router_losses(
         scope: over which tokens the load is counted: `"global"`, those of all ranks; `"local"`, of this rank;
             `"sequence"`, of each sequence by itself.
         num_tokens_in_batch: unmasked tokens of the whole batch.
-        reduce_statistics: sums over data-parallel ranks. One call for all layers together; none in the local scope.
+        reduce_statistics: sums over data-parallel ranks. One call for all layers together, or none where nothing of
+            other ranks is needed.
         scoring_func: of the router, `"softmax"` or `"sigmoid"`.
     """
     device = tokens_per_expert.device
     counts = tokens_per_expert if scope == "sequence" else tokens_per_expert.sum(dim=1)
     num_tokens, num_ranks = token_mask.sum(), 1
-    if reduce_statistics is not None and scope != "local":
+    needs_other_ranks = scope == "global" or (scope == "sequence" and num_tokens_in_batch is None)
+    if reduce_statistics is not None and needs_other_ranks:
         rank_and_tokens = torch.stack([torch.ones_like(num_tokens), num_tokens])
         summed = counts.flatten() if scope == "global" else counts.new_empty(0)
         reduced = reduce_statistics(torch.cat([summed, rank_and_tokens]))
@@ -151,7 +153,7 @@ def router_losses(
 
 
 class RouterStatistics(NamedTuple):
-    """What one forward pass tells of its routers besides their losses, each `(L,)` float32."""
+    """What one forward pass tells of its routers besides their losses, each `(L, B)` float32."""
 
     entropy: torch.Tensor
     logit_max: torch.Tensor
@@ -164,13 +166,13 @@ def router_statistics(
     """Describe every sparse layer's logits.
 
     Returns:
-        The entropies (nats) of the unmasked tokens' distributions, summed over these tokens, and the largest absolute
-        logit among them.
+        For each sequence the entropies (nats) of the unmasked tokens' distributions, summed over these tokens, and the
+        largest absolute logit among them.
     """
-    mask = token_mask.reshape(-1)
     entropies, largest = [], []
     for logits in router_logits:
-        logits = logits.to(mask.device)
-        entropies.append((torch.special.entr(probabilities(logits, scoring_func)).sum(dim=-1) * mask).sum())
-        largest.append((logits.abs().amax(dim=-1) * mask).amax())
+        logits = logits.to(token_mask.device)
+        entropy = torch.special.entr(probabilities(logits, scoring_func)).sum(dim=-1).view_as(token_mask)
+        entropies.append((entropy * token_mask).sum(dim=1))
+        largest.append((logits.abs().amax(dim=-1).view_as(token_mask) * token_mask).amax(dim=1))
     return RouterStatistics(torch.stack(entropies), torch.stack(largest))

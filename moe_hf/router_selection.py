@@ -56,9 +56,12 @@ def sinkhorn(router_logits: torch.Tensor, num_iterations: int) -> torch.Tensor:
 
 
 def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float) -> int:
-    """Return how many of T tokens an expert takes at most: `ceil(factor * T * K / E)`, as Switch and GShard count."""
+    """Return how many of T tokens an expert takes at most: `ceil(factor * T * K / E)`, as Switch and GShard count.
+
+    At least 1, where there are tokens at all.
+    """
     # 1.1 * 10 is a little more than 11 in floating point, and would be rounded up to 12.
-    return math.ceil(capacity_factor * num_tokens * top_k / num_experts - 1e-6)
+    return max(min(1, num_tokens), math.ceil(capacity_factor * num_tokens * top_k / num_experts - 1e-6))
 
 
 def drop_beyond_capacity(

@@ -13,7 +13,7 @@ declare -A overrides=(
     [aux_loss_global]="router_balancing=aux_loss,router_aux_loss_scope=global"
     [aux_loss_local]="router_balancing=aux_loss,router_aux_loss_scope=local"
     [aux_loss_sequence]="router_balancing=aux_loss,router_aux_loss_scope=sequence"
-    [loss_free]="router_balancing=loss_free,scoring_func=sigmoid,router_bias_update_speed=0.01"
+    [loss_free]="router_balancing=loss_free"
     [sinkhorn]="router_balancing=sinkhorn"
     [dropping]="router_balancing=aux_loss,expert_capacity_factor=1.0"
     [none]="router_balancing=none"
@@ -51,8 +51,8 @@ for method in "${methods[@]}"; do
         --deepspeed ds_configs/zero3_ep.json \
         --output_dir "$folder/$method" --overwrite_output_dir \
         --block_size 256 --per_device_train_batch_size 4 --per_device_eval_batch_size 8 \
-        --max_steps "${STEPS:-240}" --learning_rate 3e-3 --lr_scheduler_type cosine --warmup_steps 20 \
-        --weight_decay 0.1 --adam_beta2 0.95 --seed 42 --logging_steps 10 --save_strategy no --disable_tqdm True \
+        --max_steps "${STEPS:-160}" --learning_rate 3e-3 --lr_scheduler_type cosine --warmup_steps 20 \
+        --weight_decay 0.1 --adam_beta2 0.95 --seed 42 --logging_steps 10 --dead_expert_steps 20 --save_strategy no --disable_tqdm True \
         --do_train --do_eval --max_eval_samples 128 \
         "${options[@]}"
     runs+=("$folder/$method")

@@ -88,10 +88,16 @@ def render_model_card(
         f'model = AutoModelForCausalLM.from_pretrained("{_PLACEHOLDER}", trust_remote_code=True)\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{_PLACEHOLDER}")\n'
         'inputs = tokenizer("def main(", return_tensors="pt")\n'
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n```\n\n"
+        f"print({_call(config)})\n```\n\n"
         "The folder carries the code of its own classes; with `import moe_hf` it loads without `trust_remote_code`."
     )
     return "\n\n".join(sections) + "\n"
+
+
+def _call(config: MoEConfig) -> str:
+    if config.num_sparse_layers and config.router_balancing == "expert_choice":
+        return "model(**inputs).logits"
+    return "tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0])"
 
 
 def card_for_repository(text: str, repo_id: str, license: str | None = None) -> str:
@@ -180,7 +186,8 @@ def _router(config: MoEConfig) -> str:
     if config.n_group > 1:
         worth = {"top2_sum": "the sum of their two best scores", "max": "their best score"}[config.group_scoring_func]
         parts.append(f"the best {config.topk_group} of {config.n_group} groups by {worth}")
-    parts.append("weights of a token sum to 1" if config.norm_topk_prob else "weights are the scores")
+    sums_to_1 = config.norm_topk_prob and config.router_balancing != "expert_choice"
+    parts.append("weights of a token sum to 1" if sums_to_1 else "weights are the scores")
     if config.routed_scaling_factor != 1:
         parts.append(f"times {config.routed_scaling_factor}")
     return ", ".join(parts)
@@ -201,9 +208,11 @@ def _balancing(config: MoEConfig) -> str:
 
 def _further_routing(config: MoEConfig) -> dict[str, str]:
     rows = {}
-    if config.expert_capacity_factor is not None:
-        policy = "" if config.router_balancing == "expert_choice" else f", taken by {config.token_drop_policy}"
-        rows["expert capacity"] = f"{config.expert_capacity_factor} times the even share, in training{policy}"
+    if config.router_balancing == "expert_choice":
+        rows["expert capacity"] = f"{config.expert_capacity_factor or 1.0} times the even share"
+    elif config.expert_capacity_factor is not None:
+        share = f"{config.expert_capacity_factor} times the even share"
+        rows["expert capacity"] = f"{share}, in training, taken by {config.token_drop_policy}"
     if config.router_jitter_noise:
         rows["router noise"] = f"inputs times 1 ± {config.router_jitter_noise}, in training"
     if config.router_z_loss_coef:

@@ -79,6 +79,11 @@ def _load(folder: Path):
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     config = read_config(folder)
+    if getattr(config, "router_balancing", None) == "expert_choice" and config.num_sparse_layers:
+        raise ConfigError(
+            f"{folder} cannot generate: its experts choose among all tokens, later ones included "
+            "(router_balancing='expert_choice')."
+        )
     SafetensorsFolder(folder)  # says in one sentence which file is missing or damaged
     if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
         raise CheckpointError(f"{folder} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it.")

@@ -92,9 +92,15 @@ class MoETrainingArguments(RouterArguments, TrainingArguments):
     def _forbid_reentrant_checkpointing(self) -> None:
         for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
             kwargs = getattr(self, name, None)
-            if kwargs and kwargs.get("use_reentrant"):
-                # Their first forward records no graph, so the router losses would have no gradient.
-                raise ConfigError(f"{name}={kwargs} would switch the router losses off; use use_reentrant=False.")
+            if kwargs is not None and kwargs.get("use_reentrant") is not False:
+                # Torch's default. Their first forward records no graph, so the router losses would have no gradient.
+                raise ConfigError(
+                    f"{name}={kwargs} would switch the router losses off; it must have use_reentrant=False."
+                )
+            if kwargs is not None and not kwargs.get("preserve_rng_state", True):
+                raise ConfigError(
+                    f"{name}={kwargs} would let recomputation draw other noise; leave preserve_rng_state out."
+                )
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

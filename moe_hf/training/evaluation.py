@@ -15,15 +15,19 @@ from ..modeling_moe import MoECausalLMOutput
 from .telemetry.balance import balance_of, load_shares
 from .telemetry.loads import LatestLoads
 
-# Columns before those of the loads: summed cross-entropy, number of predicted tokens, balancing loss, z-loss.
+# Summed cross-entropy, number of predicted tokens, balancing loss, z-loss.
 _NUM_LOSS_COLUMNS = 4
 
 
-def sample_statistics(outputs: MoECausalLMOutput, labels: torch.Tensor) -> torch.Tensor:
-    """Return `(B, 4 + L * E)` float32: each sample's cross-entropy, predicted tokens, router losses and assignments.
+def sample_statistics(
+    outputs: MoECausalLMOutput, labels: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return what is known of each sample, `(B, 4)` float32, or `(B, 5 + 2 * L + L * E)` where there are routers.
 
-    One row for every sample, so that the duplicates that even out the last batch over ranks can be dropped. The router
-    losses are those of the batch; the assignments of a sample are whole numbers that float32 holds exactly.
+    One row for every sample, so that the duplicates that even out the last batch over ranks can be dropped: summed
+    cross-entropy, number of predicted tokens, balancing loss and z-loss of its batch; then the number of unmasked
+    tokens, their summed entropy and largest logit in each layer, and its assignments, whole numbers that float32 holds
+    exactly.
     """
     targets = labels[:, 1:]
     logits = outputs.logits[:, :-1].float()
@@ -33,8 +37,11 @@ def sample_statistics(outputs: MoECausalLMOutput, labels: torch.Tensor) -> torch
     statistics = torch.stack(columns, dim=1)
     if outputs.tokens_per_expert is None:
         return statistics
+    num_tokens = torch.ones_like(labels) if attention_mask is None else attention_mask
+    by_layer = [outputs.router_entropy.t(), outputs.router_logit_max.t()]
     loads = outputs.tokens_per_expert.transpose(0, 1).flatten(start_dim=1)
-    return torch.cat([statistics, loads.to(statistics)], dim=1)
+    routing = [num_tokens.sum(dim=1, keepdim=True), *by_layer, loads]
+    return torch.cat([statistics, *(columns.to(statistics) for columns in routing)], dim=1)
 
 
 class EvaluationMetrics:
@@ -58,10 +65,13 @@ class EvaluationMetrics:
         """Forget what an evaluation that did not come to its end has left."""
         self._ce = self._num_tokens = 0.0
         self._router_losses = np.zeros(2)
-        self._counts: np.ndarray | None = None
+        self._num_routed = 0.0
+        self._entropies = np.zeros(len(self._layers))
+        self._logit_max = np.zeros(len(self._layers))
+        self._counts = np.zeros((len(self._layers), self._num_experts if self._layers else 0))
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        """Add the rows `(N, 4 + L * E)` of one step.
+        """Add the rows of one step, N of them.
 
         Args:
             prediction: with the rows as `predictions`, of all ranks, on any device.
@@ -77,15 +87,23 @@ class EvaluationMetrics:
         self._ce += ce.sum()
         self._num_tokens += num_tokens.sum()
         self._router_losses += [(loss * num_tokens).sum() for loss in router_losses]
-        counts = rows[:, _NUM_LOSS_COLUMNS:].sum(axis=0, dtype=np.float64)
-        self._counts = counts if self._counts is None else self._counts + counts
+        if rows.shape[1] > _NUM_LOSS_COLUMNS:
+            self._add_routing(rows[:, _NUM_LOSS_COLUMNS:].astype(np.float64))
         return self._result() if compute_result else {}
+
+    def _add_routing(self, rows: np.ndarray) -> None:
+        num_layers = len(self._layers)
+        num_tokens, entropies, logits, counts = np.split(rows, [1, 1 + num_layers, 1 + 2 * num_layers], axis=1)
+        self._num_routed += num_tokens.sum()
+        self._entropies += entropies.sum(axis=0)
+        self._logit_max = np.maximum(self._logit_max, logits.max(axis=0))
+        self._counts += counts.sum(axis=0).reshape(self._counts.shape)
 
     def _result(self) -> dict[str, float]:
         metrics = self._losses()
         self._loads.eval = None
-        if self._counts.size:
-            metrics |= self._balance(self._counts.reshape(len(self._layers), self._num_experts))
+        if self._num_routed:
+            metrics |= self._balance(self._counts) | self._distributions()
         self.reset()
         return metrics
 
@@ -99,6 +117,16 @@ class EvaluationMetrics:
             means = (self._router_losses / self._num_tokens).tolist()
             metrics |= dict(zip(("aux_loss", "z_loss"), means, strict=True))
         return metrics
+
+    def _distributions(self) -> dict[str, float]:
+        # A single expert has no distribution to speak of: as balanced as can be.
+        largest = self._num_routed * math.log(self._num_experts)
+        entropies = self._entropies / largest if largest else np.ones_like(self._entropies)
+        metrics = {f"router_entropy/{layer}": float(e) for layer, e in zip(self._layers, entropies, strict=True)}
+        return metrics | {
+            f"router_logit_max/{layer}": float(logit)
+            for layer, logit in zip(self._layers, self._logit_max, strict=True)
+        }
 
     def _balance(self, counts: np.ndarray) -> dict[str, float]:
         metrics, balance, dead = {}, balance_of(counts), (counts == 0).sum(axis=-1)

@@ -119,8 +119,10 @@ class MeasuringTrainer(CheckpointingTrainer):
         self._throughput.add_step(num_counts * num_tokens, self._sequence_length)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
+        # The flags are lowered as soon as they have been followed.
+        pauses = self.control.should_evaluate or self.control.should_save
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        if self.control.should_evaluate or self.control.should_save:
+        if pauses:
             self._throughput.restart_clock()
 
     def floating_point_ops(self, inputs) -> int:
@@ -133,8 +135,8 @@ class MeasuringTrainer(CheckpointingTrainer):
         """Return statistics of every sample instead of logits; `EvaluationMetrics` adds them up."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs)
-        statistics = sample_statistics(outputs, inputs["labels"])
+            outputs = model(**inputs, output_router_statistics=True)
+        statistics = sample_statistics(outputs, inputs["labels"], inputs.get("attention_mask"))
         # Trainer computes metrics only where there are labels; ours are already in the statistics.
         return None, statistics, torch.zeros_like(statistics[:, 0])
 

@@ -129,6 +129,11 @@ class MoETrainer(MeasuringTrainer):
                 f"{self._checkpoint_folder()}. Go on with --resume_from_checkpoint auto."
             )
 
+    def _determine_best_metric(self, metrics, trial):
+        is_best = super()._determine_best_metric(metrics=metrics, trial=trial)
+        # With --save_strategy best this decides what is saved, and a run that ends leaves a checkpoint.
+        return is_best or self._stop_reason is not None or self._watchdog.collapsed is not None
+
     def train(self, *args, **kwargs):
         """As in `Trainer`.
 

@@ -69,6 +69,9 @@ _PLAIN_ROUTING = {
     "n_group": 1,
     "topk_group": 1,
     "shared_expert_gate": False,
+    "topk_before_softmax": False,
+    "router_jitter_noise": 0.0,
+    "expert_capacity_factor": None,
 }
 _LAYER_SHORTHANDS = {"moe_layer_indices": None, "decoder_sparse_step": 1, "first_k_dense_replace": 0}
 

@@ -82,9 +82,9 @@ class TrainingStatistics:
         if outputs.dropped_assignments is not None:
             self._add("dropped", outputs.dropped_assignments.sum(dim=1))
         if outputs.router_entropy is not None:
-            self._add("entropy", outputs.router_entropy)
+            self._add("entropy", outputs.router_entropy.sum(dim=1))
             self._add("tokens_with_entropy", num_tokens)
-            largest = outputs.router_logit_max.detach()
+            largest = outputs.router_logit_max.detach().amax(dim=1)
             self._logit_max = largest if self._logit_max is None else torch.maximum(self._logit_max, largest)
 
     def add_step(self, num_tokens: torch.Tensor | int) -> None:
@@ -137,7 +137,9 @@ class TrainingStatistics:
 
     def settle_tokens(self) -> None:
         """Bring `num_tokens` up to date between two log entries (a collective call)."""
-        tokens = {"tokens": self._sums.pop("tokens", torch.zeros((), dtype=torch.int64))}
+        if "tokens" not in self._sums:
+            return  # on all ranks alike
+        tokens = {"tokens": self._sums.pop("tokens")}
         if not self._shares_are_sums:
             totals, _ = reduce_over_ranks(tokens, {})
             tokens = totals

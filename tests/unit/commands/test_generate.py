@@ -102,6 +102,14 @@ def test_every_line_of_a_pipe_is_a_prompt(folder, capsys, monkeypatch):
     assert capsys.readouterr().out == "\n".join(texts) + "\n"
 
 
+def test_a_model_whose_experts_choose_is_refused_in_one_sentence(tmp_path, capsys):
+    folder = make_folder(tmp_path / "hf", router_balancing="expert_choice")
+    with pytest.raises(SystemExit) as end:
+        cli.main(["generate", str(folder), "--prompt", PROMPT])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "cannot generate: its experts choose" in error and error.count("\n") == 1
+
+
 def test_the_text_comes_while_it_is_made(folder, monkeypatch):
     """What is printed grows with every token, long before the last."""
     printed, seen = io.StringIO(), []

@@ -244,6 +244,11 @@ def test_reentrant_checkpointing_is_refused(name):
     if name not in MoETrainingArguments.__dataclass_fields__:
         pytest.skip(f"this version of Transformers has no {name}")
     words = [f"--{name}", "true", f"--{name}_kwargs"]
-    with pytest.raises(ConfigError, match="would switch the router losses off; use use_reentrant=False"):
+    with pytest.raises(ConfigError, match="would switch the router losses off; it must have use_reentrant=False"):
         training_arguments(*words, '{"use_reentrant": true}')
+    with pytest.raises(ConfigError, match="must have use_reentrant=False"):
+        # Torch takes reentrant ones where it is not told.
+        training_arguments(*words, '{"preserve_rng_state": true}')
+    with pytest.raises(ConfigError, match="would let recomputation draw other noise"):
+        training_arguments(*words, '{"use_reentrant": false, "preserve_rng_state": false}')
     assert training_arguments(*words, '{"use_reentrant": false}')

@@ -34,6 +34,17 @@ def metrics_of(*statistics: torch.Tensor, loads: LatestLoads | None = None) -> d
     return metrics(last, compute_result=True)
 
 
+def statistics_of(model: MoEForCausalLM, batch: dict) -> torch.Tensor:
+    """Return what an evaluation keeps of a batch."""
+    outputs = model(**batch, output_router_statistics=True)
+    return sample_statistics(outputs, batch["labels"], batch.get("attention_mask"))
+
+
+def row_of(losses: list[float], counts: list[float], num_tokens: float = 1.0) -> list[float]:
+    """Return a sample's row for two sparse layers, whose tokens are undecided and have logits of 0."""
+    return [*losses, num_tokens, *[num_tokens * math.log(4)] * 2, 0.0, 0.0, *counts]
+
+
 def assignments_of(model: MoEForCausalLM, batch: dict) -> list[list[list[int]]]:
     """Return for each sparse layer and row how many of its tokens that are not padding have each expert as a choice."""
     with torch.no_grad():
@@ -82,7 +93,7 @@ def test_loss_is_the_mean_over_tokens_not_over_batches():
     batches = [collate(rows[:6]), collate(rows[6:])]
     total, count, aux, z, means = 0.0, 0, 0.0, 0.0, []
     with torch.no_grad():
-        outputs = [model(**batch) for batch in batches]
+        outputs = [model(**batch, output_router_statistics=True) for batch in batches]
     for batch, output in zip(batches, outputs, strict=True):
         sums = [summed_cross_entropy(*row) for row in zip(output.logits, batch["labels"].tolist(), strict=True)]
         of_batch, tokens = (sum(column) for column in zip(*sums, strict=True))
@@ -138,9 +149,30 @@ def test_every_sample_has_its_own_assignments():
     model = MoEForCausalLM(small_config()).eval()
     batch = CausalLMCollator(pad_token_id=0)(make_rows(5))
     with torch.no_grad():
-        statistics = sample_statistics(model(**batch), batch["labels"])
+        statistics = statistics_of(model, batch)
     first, second = assignments_of(model, batch)
-    assert statistics[:, 4:].tolist() == [one + other for one, other in zip(first, second, strict=True)]
+    assert statistics[:, 4].tolist() == [len(row["input_ids"]) for row in make_rows(5)]
+    assert statistics[:, 9:].tolist() == [one + other for one, other in zip(first, second, strict=True)]
+
+
+def test_distributions_are_those_of_all_tokens_that_are_not_padding():
+    torch.manual_seed(12)
+    model = MoEForCausalLM(small_config()).eval()
+    rows, collate = make_rows(7), CausalLMCollator(pad_token_id=0)
+    batches = [collate(rows[:4]), collate(rows[4:])]
+    with torch.no_grad():
+        metrics = metrics_of(*(statistics_of(model, batch) for batch in batches))
+        alone = [model(torch.tensor([row["input_ids"]]), output_router_logits=True).router_logits for row in rows]
+    for place, layer in enumerate((1, 3)):
+        tokens = [logits for of_row in alone for logits in of_row[place].double()]
+        entropies = []
+        for logits in tokens:
+            weights = [math.exp(logit) for logit in logits.tolist()]
+            entropies.append(-sum(w / sum(weights) * math.log(w / sum(weights)) for w in weights))
+        expected = sum(entropies) / len(entropies) / math.log(4)
+        assert metrics[f"router_entropy/layer_{layer}"] == pytest.approx(expected, rel=1e-5)
+        largest = max(abs(logit) for logits in tokens for logit in logits.tolist())
+        assert metrics[f"router_logit_max/layer_{layer}"] == pytest.approx(largest, rel=1e-5)
 
 
 def test_loads_are_those_of_all_samples():
@@ -149,7 +181,7 @@ def test_loads_are_those_of_all_samples():
     rows, collate = make_rows(9), CausalLMCollator(pad_token_id=0)
     batches = [collate(rows[start : start + 4]) for start in range(0, 9, 4)]
     with torch.no_grad():
-        metrics = metrics_of(*(sample_statistics(model(**b), b["labels"]) for b in batches), loads=loads)
+        metrics = metrics_of(*(statistics_of(model, batch) for batch in batches), loads=loads)
     for number, name in enumerate(("layer_1", "layer_3")):
         counts = [0] * 4
         for batch in batches:
@@ -165,7 +197,7 @@ def test_loads_are_those_of_all_samples():
 
 def test_dead_experts_got_no_token_in_the_whole_evaluation():
     def step(*layers: list[int]) -> torch.Tensor:
-        return torch.tensor([[1.0, 1.0, 0.0, 0.0, *layers[0], *layers[1]]])
+        return torch.tensor([row_of([1.0, 1.0, 0.0, 0.0], [*layers[0], *layers[1]])])
 
     metrics = metrics_of(step([4, 0, 0, 0], [1, 1, 1, 0]), step([1, 1, 0, 0], [0, 0, 1, 1]))
     dead = {name: value for name, value in metrics.items() if name.startswith("dead")}
@@ -175,7 +207,7 @@ def test_dead_experts_got_no_token_in_the_whole_evaluation():
 def test_counts_beyond_what_float32_holds_are_exact():
     """Every row's is one, but not their sum: 2**24 + 1 is no float32."""
     loads = LatestLoads()
-    rows = torch.tensor([[1.0, 1.0, 0.0, 0.0, first, *[1.0] * 7] for first in (2.0**24, 1.0, 1.0)])
+    rows = torch.tensor([row_of([1.0, 1.0, 0.0, 0.0], [first, *[1.0] * 7]) for first in (2.0**24, 1.0, 1.0)])
     metrics_of(rows, rows[1:], loads=loads)
     total = 2**24 + 4 + 15
     assert loads.eval["layer_1"] == [(2**24 + 4) / total, 5 / total, 5 / total, 5 / total]
@@ -186,7 +218,7 @@ def test_every_evaluation_begins_anew():
     metrics = EvaluationMetrics(small_config(), loads)
 
     def evaluate(value: float, compute_result: bool = True) -> dict[str, float]:
-        rows = torch.tensor([[value, 1.0, value, value, value, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]])
+        rows = torch.tensor([row_of([value, 1.0, value, value], [value, *[1.0] * 7])])
         return metrics(EvalPrediction(predictions=rows, label_ids=None), compute_result=compute_result)
 
     assert evaluate(3.0)["loss"] == 3.0

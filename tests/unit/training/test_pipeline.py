@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +28,7 @@ from moe_hf.training import pipeline, saving
 from moe_hf.training.pipeline import build_trainer, execute, train_and_export
 from moe_hf.training.preemption import Preempted
 from moe_hf.training.telemetry import throughput
-from moe_hf.training.trainer import TrainingStopped
+from moe_hf.training.trainer import MoETrainer, TrainingStopped
 
 EXPORTED = {
     "README.md",
@@ -270,6 +271,23 @@ def test_save_total_limit_keeps_the_newest(lab):
     assert (lab.folder / "limited" / "checkpoint-5" / "manifest.json").is_file()
 
 
+def test_evaluating_is_no_part_of_the_throughput(lab, monkeypatch):
+    evaluate = MoETrainer.evaluate
+
+    def take_long(self, *args, **kwargs) -> dict:
+        throughput.time.sleep(1.0)
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(MoETrainer, "evaluate", take_long)
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "validation_file": lab.folder / "evaluation.jsonl"}
+    lab.train("evaluating", max_steps=4, **evaluation)
+    lines = [json.loads(line) for line in (lab.folder / "evaluating" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    num_tokens = [after["num_tokens"] - before["num_tokens"] for before, after in pairwise(steps)]
+    for entry, tokens in zip(steps[1:], num_tokens, strict=True):
+        assert entry["tokens_per_second"] > 2 * tokens, "a step takes some hundredths of a second"
+
+
 def test_reporters_get_every_metric(lab, tmp_path, monkeypatch):
     """Wandb without an account, and TensorBoard where it is installed."""
     try:
@@ -286,7 +304,8 @@ def test_reporters_get_every_metric(lab, tmp_path, monkeypatch):
     finally:
         wandb.finish()
         wandb.teardown()
-    steps = lab.steps("reported")
+    lines = [json.loads(line) for line in (lab.folder / "reported" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
     names = ("loss", "ce_loss", "aux_loss/layer_1", "z_loss/layer_3", "tokens_per_second", "grad_norm", "skipped_steps")
 
     (record,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
