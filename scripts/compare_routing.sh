@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Train the same small mixture of experts with every method of balancing, on the same data from the same seed, and lay
+# Train the same small mixture of experts with several ways of balancing, on the same data from the same seed, and lay
 # the runs side by side: a table on the console, a page and figures in runs/compare_routing/report.
 #
-#   bash scripts/compare_routing.sh                    all methods
-#   bash scripts/compare_routing.sh loss_free none     some of them
+#   bash scripts/compare_routing.sh                          six methods
+#   bash scripts/compare_routing.sh aux_loss_sequence none   those that are named
 #
 # Runs on all local accelerators, or in two CPU processes where there is none. STEPS=50 makes it shorter.
 set -euo pipefail
@@ -20,7 +20,7 @@ declare -A overrides=(
 )
 methods=("$@")
 if [ $# -eq 0 ]; then
-    methods=(aux_loss_global aux_loss_local aux_loss_sequence loss_free sinkhorn dropping none)
+    methods=(aux_loss_global aux_loss_local loss_free sinkhorn dropping none)
 fi
 for method in "${methods[@]}"; do
     if [ -z "${overrides[$method]:-}" ]; then
@@ -51,7 +51,7 @@ for method in "${methods[@]}"; do
         --deepspeed ds_configs/zero3_ep.json \
         --output_dir "$folder/$method" --overwrite_output_dir \
         --block_size 256 --per_device_train_batch_size 4 --per_device_eval_batch_size 8 \
-        --max_steps "${STEPS:-160}" --learning_rate 3e-3 --lr_scheduler_type cosine --warmup_steps 20 \
+        --max_steps "${STEPS:-120}" --learning_rate 3e-3 --lr_scheduler_type cosine --warmup_steps 20 \
         --weight_decay 0.1 --adam_beta2 0.95 --seed 42 --logging_steps 10 --dead_expert_steps 20 --save_strategy no --disable_tqdm True \
         --do_train --do_eval --max_eval_samples 128 \
         "${options[@]}"

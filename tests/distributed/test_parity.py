@@ -82,6 +82,12 @@ class Cell:
         return f"zero{self.zero}-ranks{self.ranks}-ep_{ep}-ga{self.accumulation}-{self.dtype}-{self.routing}"
 
     @property
+    def is_slow(self) -> bool:
+        """Four processes without accumulation add little to what two do, but where experts have replicas."""
+        plain = self.dtype == "fp32" and self.accumulation == 1 and self.ep != 2
+        return self.ranks == 4 and (plain or (self.dtype == "bf16" and self.zero == 1))
+
+    @property
     def recipe(self) -> oracle.Recipe:
         """What the cell's run is given, but for its rows."""
         given = recipe([], self.accumulation, LEARNING_RATE[self.dtype])
@@ -95,11 +101,6 @@ class Cell:
     def config(self) -> MoEConfig:
         """The model's configuration."""
         return small_config(**ROUTING[self.routing])
-
-
-def name_of(cell: Cell) -> str:
-    """Return what a test of a cell is called."""
-    return cell.name
 
 
 def cells(ranks: int) -> list[Cell]:
@@ -123,6 +124,14 @@ def cells(ranks: int) -> list[Cell]:
 
 
 ALL_CELLS = [cell for ranks in (2, 4) for cell in cells(ranks)]
+
+
+def each(cells: list[Cell]) -> pytest.MarkDecorator:
+    """Return what runs a test for every one of these cells, for slow ones if asked."""
+    marks = {True: pytest.mark.slow, False: ()}
+    return pytest.mark.parametrize("cell", [pytest.param(c, id=c.name, marks=marks[c.is_slow]) for c in cells])
+
+
 # Noise is drawn in the order of a rank's own work, which one process cannot follow.
 REPRODUCED = [cell for cell in ALL_CELLS if cell.routing != "noise"]
 
@@ -179,26 +188,22 @@ def oracles(initial_models, rows):
 
 @pytest.fixture(scope="session")
 def runs(initial_models, rows_file, tmp_path_factory):
-    """Function from a cell to the folder of its results and the folder of its export; launches once for each size."""
+    """Function from a cell to the folder of its results and the folder of its export; launches many cells at once."""
     folder = tmp_path_factory.mktemp("parity")
     launched = set()
 
     def of(cell: Cell) -> tuple[Path, Path]:
-        if cell.ranks not in launched:
-            launched.add(cell.ranks)
+        if (cell.ranks, cell.is_slow) not in launched:
+            launched.add((cell.ranks, cell.is_slow))
             lines = [
                 {"name": c.name, "argv": command_line(c, initial_models[c.routing], rows_file, folder)}
                 for c in cells(cell.ranks)
+                if c.is_slow == cell.is_slow
             ]
             run_cases(cell.ranks, lines, folder / "results")
         return folder / "results" / cell.name, folder / cell.name / "hf"
 
     return of
-
-
-@pytest.fixture(params=ALL_CELLS, ids=name_of)
-def cell(request) -> Cell:
-    return request.param
 
 
 def logged_steps(cell: Cell, runs) -> list[dict]:
@@ -213,7 +218,7 @@ def test_routing_is_unbalanced(oracles):
     assert max(oracles(ALL_CELLS[0]).largest_loads) > 1.5
 
 
-@pytest.mark.parametrize("cell", REPRODUCED, ids=name_of)
+@each(REPRODUCED)
 def test_trajectory_equals_one_process(cell, runs, oracles, parity_table):
     _, export = runs(cell)
     steps, expected = logged_steps(cell, runs), oracles(cell)
@@ -235,7 +240,7 @@ def test_trajectory_equals_one_process(cell, runs, oracles, parity_table):
         assert distances[worst] <= WEIGHT_TOLERANCE, worst
 
 
-@pytest.mark.parametrize("cell", REPRODUCED, ids=name_of)
+@each(REPRODUCED)
 def test_gradient_norms_by_family_equal_one_process(cell, runs, oracles):
     """Each family's norm, and their root of the sum of squares, which is what the engine clips by."""
     tolerance = (FAMILY_TOLERANCE_OF_SIGMOID if cell.routing == "sigmoid" else FAMILY_TOLERANCE)[cell.dtype]
@@ -245,9 +250,7 @@ def test_gradient_norms_by_family_equal_one_process(cell, runs, oracles):
         assert math.sqrt(sum(norm**2 for norm in logged.values())) == pytest.approx(entry["grad_norm"], rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "cell", [c for c in REPRODUCED if c.dtype == "fp32" and c.routing not in UNEXPLAINED], ids=name_of
-)
+@each([c for c in REPRODUCED if c.dtype == "fp32" and c.routing not in UNEXPLAINED])
 def test_logged_routing_equals_one_process(cell, runs, oracles):
     """Over ranks, expert parallelism and accumulation; every step is an entry."""
     entries, expected = logged_steps(cell, runs), oracles(cell)
@@ -262,17 +265,17 @@ def test_logged_routing_equals_one_process(cell, runs, oracles):
         assert entry["max_vio"] == pytest.approx(sum(layer["max_vio"] for layer in layers) / 2, rel=1e-6)
 
 
-@pytest.mark.parametrize("cell", [c for c in ALL_CELLS if c.routing == "noise"], ids=name_of)
+@each([c for c in ALL_CELLS if c.routing == "noise"])
 def test_noise_does_not_depend_on_the_layout(cell, runs):
     """The same numbers are drawn with expert parallelism as without, and by recomputation as before."""
 
-    def losses(each: Cell) -> list[float]:
-        return [entry["loss"] for entry in logged_steps(each, runs)]
+    def losses(of: Cell) -> list[float]:
+        return [entry["loss"] for entry in logged_steps(of, runs)]
 
     assert losses(cell) == pytest.approx(losses(Cell(2, 2, None, 2, routing="noise")), rel=TOLERANCE["fp32"])
 
 
-@pytest.mark.parametrize("cell", [c for c in ALL_CELLS if c.routing in HAS_BIASES], ids=name_of)
+@each([c for c in ALL_CELLS if c.routing in HAS_BIASES])
 def test_biases_move_as_in_one_process(cell, runs, oracles, initial_models):
     _, export = runs(cell)
     weights, start = (load_file(folder / "model.safetensors") for folder in (export, initial_models[cell.routing]))
@@ -286,6 +289,7 @@ def test_biases_move_as_in_one_process(cell, runs, oracles, initial_models):
         assert (weights[name] - start[name]).abs().max() > 0.05
 
 
+@each(ALL_CELLS)
 def test_loss_is_the_sum_of_its_logged_parts(cell, runs):
     config = cell.config
     aux_coef = config.router_aux_loss_coef if config.has_balancing_loss else 0.0
@@ -298,7 +302,7 @@ def test_loss_is_the_sum_of_its_logged_parts(cell, runs):
         assert parts == pytest.approx(entry["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("cell", [c for c in ALL_CELLS if c.ep is not None], ids=name_of)
+@each([c for c in ALL_CELLS if c.ep is not None])
 def test_dropped_assignments_are_still_dispatched(cell, runs):
     """A capacity changes weights to 0, not what AutoEP sends: every token goes to as many experts as without."""
     dispatched = json.loads((runs(cell)[0] / "result.json").read_text())["dispatched"]
@@ -308,6 +312,7 @@ def test_dropped_assignments_are_still_dispatched(cell, runs):
     assert all(least <= rows < least + 8 * cell.config.num_experts * cell.ranks for rows in dispatched)
 
 
+@each(ALL_CELLS)
 def test_export_is_the_live_model(cell, runs):
     results, export = runs(cell)
     live = torch.load(results / "live.pt")
@@ -332,6 +337,7 @@ def test_export_is_the_live_model(cell, runs):
         torch.testing.assert_close(logits.float(), live["logits"].float(), rtol=tolerance, atol=tolerance)
 
 
+@each(ALL_CELLS)
 def test_export_generates(cell, runs):
     _, export = runs(cell)
     if cell.routing == "expert_choice":

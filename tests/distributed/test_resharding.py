@@ -65,6 +65,13 @@ SOURCES = [
     Layout(2, 3, None, "bf16", routers="frozen"),
 ]
 
+# What others show as well; run with --slow.
+SLOW_SOURCES = {
+    Layout(2, 0, None, "bf16", routers="own"),
+    Layout(2, 0, None, routers="frozen"),
+    Layout(2, 3, None, "bf16", routers="frozen"),
+}
+
 # Every ZeRO stage to another, AutoEP on to off and back, more ranks and fewer, replicas of experts to none.
 CROSSINGS = [
     (source, replace(source, ranks=ranks, zero=zero, ep=ep))
@@ -126,6 +133,17 @@ ROUTERS = {
 }
 
 
+def each(names: str, cases: list) -> pytest.MarkDecorator:
+    """Return what runs a test for every source, or crossing that begins there, and for slow ones if asked."""
+
+    def parameter(case: Layout | tuple[Layout, Layout]):
+        layouts = case if isinstance(case, tuple) else (case,)
+        marks = pytest.mark.slow if layouts[0] in SLOW_SOURCES else ()
+        return pytest.param(*layouts, id="-to-".join(layout.name for layout in layouts), marks=marks)
+
+    return pytest.mark.parametrize(names, [parameter(case) for case in cases])
+
+
 def crossing_name(source: Layout, target: Layout) -> str:
     return f"{source.name}__{target.name}"
 
@@ -143,8 +161,9 @@ def save_with_other_weights(model: Path, destination: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, small_model, rows_file) -> Path:
+def lab(request, tmp_path_factory, small_model, rows_file) -> Path:
     """Folder in which every run has left `NAME/checkpoint-N`, and what it logged in `results/NAME`."""
+    skipped = set() if request.config.getoption("--slow") else SLOW_SOURCES
     folder = tmp_path_factory.mktemp("resharding")
     models = {"softmax": small_model, "sigmoid": folder / "sigmoid_model"}
     save_small_model(models["sigmoid"], **ROUTING["sigmoid"])
@@ -185,12 +204,13 @@ def lab(tmp_path_factory, small_model, rows_file) -> Path:
                 save_strategy="no",
             )
             for source, target in [*CROSSINGS, *(with_flags(*change) for change in CHANGES_OF_FLAGS)]
-            if target.ranks == ranks
+            if target.ranks == ranks and source not in skipped
         ]
 
     # Runs are left to go on to their end, so that each is its own uninterrupted run.
     for ranks in (4, 2):
-        sources = [case(source.name, source, save_steps=SAVED_STEP) for source in SOURCES if source.ranks == ranks]
+        chosen = [source for source in SOURCES if source.ranks == ranks and source not in skipped]
+        sources = [case(source.name, source, save_steps=SAVED_STEP) for source in chosen]
         launch(ranks, [leg(0), *sources] if ranks == 4 else sources)
     launch(2, [leg(1), *crossings(2)])
     launch(1, [leg(2), *crossings(1)])
@@ -227,7 +247,7 @@ def assert_same_state(lab: Path, name: str, source: str, step: int) -> None:
     assert any(tensor.abs().max() > 0 for tensor in saved["exp_avg_sq"].values())
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda layout: layout.name)
+@each("source", SOURCES)
 def test_offline_export_is_the_live_one(lab, source, tmp_path):
     """Every file of it, byte for byte."""
     checkpoint = lab / source.name / f"checkpoint-{SAVED_STEP}"
@@ -241,7 +261,7 @@ def test_offline_export_is_the_live_one(lab, source, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda layout: layout.name)
+@each("source", SOURCES)
 def test_reader_gives_what_the_engine_held(lab, source):
     checkpoint = ShardedCheckpoint(lab / source.name / f"checkpoint-{SAVED_STEP}")
     saved = torch.load(lab / source.name / f"state_{SAVED_STEP}.pt", weights_only=True)
@@ -253,12 +273,12 @@ def test_reader_gives_what_the_engine_held(lab, source):
             assert torch.equal(checkpoint.read(name, state), tensors[name]), (state, name)
 
 
-@pytest.mark.parametrize(("source", "target"), CROSSINGS, ids=lambda layout: layout.name)
+@each("source, target", CROSSINGS)
 def test_conversion_keeps_every_bit(lab, source, target):
     assert_same_state(lab, crossing_name(source, target), source.name, SAVED_STEP)
 
 
-@pytest.mark.parametrize(("source", "target"), CROSSINGS, ids=lambda layout: layout.name)
+@each("source, target", CROSSINGS)
 def test_run_ends_like_the_uninterrupted_one(lab, source, target):
     assert_same_end(lab, crossing_name(source, target), source.name, SAVED_STEP, TOLERANCE[source.dtype])
 
@@ -307,7 +327,7 @@ def softmax_sources(*routers: str) -> list[Layout]:
     ]
 
 
-@pytest.mark.parametrize("source", softmax_sources("own", "frozen"), ids=lambda layout: layout.name)
+@each("source", softmax_sources("own", "frozen"))
 def test_routers_of_many_processes_are_those_of_one(lab, source, one_process):
     steps, weights = one_process(source.routers)
     ours = logged(lab, source.name)
@@ -337,9 +357,7 @@ def routers_of(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if ".mlp.gate." in name}
 
 
-@pytest.mark.parametrize(
-    "source", [layout for layout in SOURCES if layout.routers == "frozen"], ids=lambda layout: layout.name
-)
+@each("source", [layout for layout in SOURCES if layout.routers == "frozen"])
 def test_frozen_routers_stay_to_the_last_bit(lab, source, small_model):
     model = lab / "sigmoid_model" if source.routing == "sigmoid" else small_model
     start = load_file(model / "model.safetensors")
