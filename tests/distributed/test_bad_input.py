@@ -134,7 +134,7 @@ COMMAND_LINE = [
     Case(
         "reentrant_checkpointing",
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": '{"use_reentrant": true}'},
-        "would switch the router losses off; use use_reentrant=False",
+        "would switch the router losses off; it must have use_reentrant=False",
     ),
     Case(
         "gradient_checkpointing_kwargs",
