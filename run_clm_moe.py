@@ -21,8 +21,8 @@ Wrong input ends every process with exit code 2 and one sentence.
 
 import sys
 
-from moe_hf.training.launch import run
+from moe_hf.training.launch import main
 from moe_hf.training.pipeline import train_and_export
 
 if __name__ == "__main__":
-    run(train_and_export, sys.argv[1:], description=__doc__)
+    main(train_and_export, sys.argv[1:], description=__doc__)

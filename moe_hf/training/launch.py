@@ -2,12 +2,13 @@
 
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch.distributed as dist
 
 from ..errors import UserError
 from ..parallel.failure import FailureRelay
-from ..parallel.processes import rank
+from ..parallel.processes import leave, rank
 from ..parallel.shared_memory import remove_shared_buffers
 from .preemption import EXIT_CODE, Preempted
 
@@ -37,3 +38,12 @@ def run(program: Callable, argv: list[str], description: str | None = None) -> N
         if dist.is_initialized():
             dist.destroy_process_group()
         remove_shared_buffers()
+
+
+def main(program: Callable, argv: list[str], description: str | None = None) -> NoReturn:
+    """Call `run` and end the process, with exit code 0 where it has come to its end."""
+    try:
+        run(program, argv, description)
+    except SystemExit as end:
+        leave(int(end.code or 0))
+    leave(0)

@@ -18,6 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from moe_hf.errors import UserError
 from moe_hf.parallel.failure import FailureRelay
+from moe_hf.parallel.processes import leave
 from moe_hf.training.pipeline import build_trainer, execute
 
 PROBE = torch.arange(3, 3 + 24).reshape(2, 12)
@@ -42,6 +43,7 @@ def main() -> None:
         dist.barrier()
     relay.stop()
     dist.destroy_process_group()
+    leave(0)
 
 
 def record(trainer, metrics: dict, error: str | None, folder: Path) -> None:
