@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from tqdm.auto import tqdm
 from transformers import IntervalStrategy
 
 from ..parallel.gradient_norms import GradientNorms
@@ -71,7 +72,7 @@ class MeasuringTrainer(CheckpointingTrainer):
     def _begin_step(self, sequence_length: int) -> None:
         """Note the length of the rows, and have measured what only log entries tell of, if this step has one."""
         if self._sequence_length == 0 and rank() == 0:
-            print(self._throughput.describe(sequence_length), flush=True)
+            tqdm.write(self._throughput.describe(sequence_length))
         self._sequence_length = sequence_length
         self._is_logged = self._measures_attention = self._next_step_is_logged()
         if self._is_logged:
