@@ -28,6 +28,11 @@ def family_of(name: str) -> str:
     raise ValueError(f"{name} belongs to none of the families {', '.join(FAMILIES)}; say in family_of which it is")
 
 
+def is_router_weight(name: str) -> bool:
+    """Return whether a parameter is the weight of a router, in an engine or in an exported model."""
+    return name.endswith(".weight") and family_of(name) == "router"
+
+
 def _family_in_mlp(path: list[str]) -> str:
     if path[0] == "experts":
         return "experts"

@@ -15,24 +15,18 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
+from ..parameter_families import is_router_weight
 from . import unpickling
 
 # Bytes read from mapped files before they are mapped anew, which gives the pages back.
 _MAPPED_BYTES = 1 << 27
 
 _EXPERT_WEIGHTS = (".experts.w1", ".experts.w2", ".experts.w3")
-# Without AutoEP and with it. Other gates, of attention and of the shared experts, are not routers.
-_ROUTER_WEIGHTS = (".mlp.gate.weight", ".mlp.router.weight")
 
 
 def is_expert_weight(name: str) -> bool:
     """Return whether an engine's parameter holds one rank's experts of a layer."""
     return name.endswith(_EXPERT_WEIGHTS)
-
-
-def is_router_weight(name: str) -> bool:
-    """Return whether a parameter is the weight of a router, in an engine or in an exported model."""
-    return name.endswith(_ROUTER_WEIGHTS)
 
 
 @dataclass(frozen=True)

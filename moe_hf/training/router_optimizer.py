@@ -14,9 +14,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..checkpoint.zero_layout import is_router_weight
 from ..configuration_moe import MoEConfig
 from ..errors import CheckpointError, ConfigError
+from ..parameter_families import is_router_weight
 from .router_arguments import RouterArguments
 
 # Marks the routers' group: DeepSpeed exchanges the parameters of a group, but keeps its settings.

@@ -4,7 +4,7 @@ import pytest
 from small import small_config
 
 from moe_hf import MoEForCausalLM
-from moe_hf.parameter_families import FAMILIES, family_of
+from moe_hf.parameter_families import FAMILIES, family_of, is_router_weight
 
 FAMILY = {
     "model.embed_tokens.weight": "embeddings",
@@ -51,3 +51,19 @@ def test_every_parameter_of_a_model_has_one():
 def test_an_unknown_parameter_is_refused():
     with pytest.raises(ValueError, match=r"^model\.value_head\.weight belongs to none of the families attention, "):
         family_of("model.value_head.weight")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.1.mlp.gate.weight", True),
+        ("model.layers.1.mlp.router.weight", True),
+        ("model.layers.1.mlp.gate.e_score_correction_bias", False),
+        ("model.layers.1.mlp.gate_proj.weight", False),
+        ("model.layers.1.self_attn.gate_proj.weight", False),
+        ("model.layers.1.mlp.shared_experts_gate.weight", False),
+        ("model.layers.1.mlp.experts.w1", False),
+    ],
+)
+def test_router_weights_are_no_other_gates_and_no_biases(name, expected):
+    assert is_router_weight(name) == expected

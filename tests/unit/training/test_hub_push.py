@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from accelerate.state import AcceleratorState
 from hub_server import READER, WRITER, HubServer, connect
 from small import GLOBAL_MICRO_BATCH, NUM_STEPS, flags, make_rows, recipe, save_small_model
 from transformers import AutoTokenizer
@@ -29,11 +28,7 @@ REPO = "org/model"
 EVERY_THIRD = {"save_strategy": "steps", "save_steps": 3}
 
 
-@pytest.fixture(autouse=True)
-def no_state_of_earlier_runs():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("no_state_of_earlier_runs")
 
 
 @pytest.fixture

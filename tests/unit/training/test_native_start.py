@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from native_models import native_model
 from safetensors.torch import load_file
 from small import save_tokenizer
@@ -15,13 +14,7 @@ from moe_hf.errors import ConfigError
 from moe_hf.parallel.failure import FailureRelay
 from moe_hf.training.pipeline import train_and_export
 
-
-@pytest.fixture(autouse=True)
-def no_state_of_earlier_runs():
-    """Accelerate keeps precision and devices of the first run for all others of a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("no_state_of_earlier_runs")
 
 
 @pytest.fixture

@@ -87,12 +87,7 @@ class Lab:
         return path
 
 
-@pytest.fixture(autouse=True)
-def no_state_of_earlier_runs():
-    """Accelerate keeps precision and devices of the first run for all others of a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("no_state_of_earlier_runs")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from small import flags, make_rows, recipe, save_small_model
 
 from moe_hf import MoEForCausalLM
@@ -44,12 +43,7 @@ TROUBLES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_state_of_earlier_runs():
-    """Accelerate keeps devices and precision of the first run for all others of a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("no_state_of_earlier_runs")
 
 
 @pytest.fixture
