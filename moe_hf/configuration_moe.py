@@ -58,6 +58,8 @@ class MoEConfig(PreTrainedConfig):
         attention_output_bias (`bool`, *optional*): bias in the o projection; `attention_bias` when not given (Qwen2
             has biases in q, k and v only).
         attention_dropout (`float`, defaults to 0.0): dropout on the attention weights, training only.
+        hidden_dropout (`float`, defaults to 0.0): dropout on the embeddings and on what attention and MLPs add to the
+            residual stream, training only.
         use_qk_norm (`bool`, defaults to `False`): RMS-normalise queries and keys before RoPE.
         qk_norm_scope (`str`, defaults to `"head"`): `"head"` normalises each head (Qwen3), `"full"` the whole
             projection (OLMoE).
@@ -115,6 +117,7 @@ class MoEConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = [
         "past_key_values",
         "ce_loss",
+        "sequence_ce_losses",
         "aux_loss",
         "z_loss",
         "layer_aux_losses",
@@ -170,6 +173,7 @@ class MoEConfig(PreTrainedConfig):
     attention_bias: bool = False
     attention_output_bias: bool | None = None
     attention_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
     use_qk_norm: bool = False
     qk_norm_scope: str = "head"
     attention_gate: str | None = None
@@ -318,8 +322,9 @@ class MoEConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={value} must be a finite number that is not negative.")
         if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps > 0):
             raise ValueError(f"rms_norm_eps={self.rms_norm_eps} must be a finite number above 0.")
-        if not 0.0 <= self.attention_dropout < 1.0:
-            raise ValueError(f"attention_dropout={self.attention_dropout} must be at least 0 and below 1.")
+        for name in ("attention_dropout", "hidden_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1.")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, name)
             for token in value if isinstance(value, list) else [value]:

@@ -4,7 +4,6 @@ Shape letters: B batch, S sequence, T = B * S tokens, H hidden size, E experts, 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,7 +17,6 @@ from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
@@ -26,6 +24,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_moe import MoEConfig
+from .language_head import IGNORED_LABEL, LanguageHead
+from .modeling_outputs import MoECausalLMOutput, MoEModelOutput
 from .router_losses import StatisticsReducer, count_layers, router_losses, router_statistics
 from .routing import ExpertChoiceRouter, MoERouter, RouterTap
 
@@ -288,46 +288,13 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         self.mlp = MoESparseBlock(config) if sparse else MoEMLP(config, config.intermediate_size)
         self.input_layernorm = MoERMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = MoERMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hidden_dropout = config.hidden_dropout
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         attention, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attention
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-
-@dataclass
-class MoEModelOutput(MoeModelOutputWithPast):
-    """`MoeModelOutputWithPast` with what each sparse layer's router has chosen.
-
-    `router_indices` are the `(T, K)` experts; with `router_balancing="expert_choice"` `(T, E)`, where `num_experts`
-    stands for none. `router_drops` are `(T, K)` bool, `True` where the expert had no room, or `None` without capacity.
-    """
-
-    router_indices: tuple[torch.LongTensor, ...] | None = None
-    router_drops: tuple[torch.BoolTensor | None, ...] | None = None
-
-
-@dataclass
-class MoECausalLMOutput(MoeCausalLMOutputWithPast):
-    """Output of `MoEForCausalLM`; `loss = ce_loss + router_aux_loss_coef * aux_loss + router_z_loss_coef * z_loss`.
-
-    Where no balancing loss is asked for, the loss has no part of `aux_loss`, which then only tells of the balance of
-    one rank's tokens.
-    `aux_loss` and `z_loss` are the sums of the per-layer `layer_aux_losses` and `layer_z_losses`, each `(L,)`.
-
-    `tokens_per_expert` `(L, B, E)` counts the assignments of each sequence's unmasked tokens, and
-    `dropped_assignments` `(L, B)` those among them for which the expert had no room (`None` without a capacity).
-    `router_entropy` and `router_logit_max`, each `(L, B)`, are described in `router_statistics`.
-    """
-
-    ce_loss: torch.FloatTensor | None = None
-    z_loss: torch.FloatTensor | None = None
-    layer_aux_losses: torch.FloatTensor | None = None
-    layer_z_losses: torch.FloatTensor | None = None
-    tokens_per_expert: torch.LongTensor | None = None
-    dropped_assignments: torch.LongTensor | None = None
-    router_entropy: torch.FloatTensor | None = None
-    router_logit_max: torch.FloatTensor | None = None
+        hidden_states = hidden_states + F.dropout(attention, self.hidden_dropout, self.training)
+        update = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + F.dropout(update, self.hidden_dropout, self.training)
 
 
 def keep_choices() -> tuple:
@@ -440,7 +407,7 @@ class MoEModel(MoEPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        hidden_states = inputs_embeds
+        hidden_states = F.dropout(inputs_embeds, self.config.hidden_dropout, self.training)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         for layer in self.layers:
             hidden_states = layer(
@@ -473,7 +440,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MoEModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LanguageHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -489,6 +456,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         output_router_logits: bool | None = None,
         output_router_statistics: bool = False,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         num_tokens_in_batch: torch.Tensor | float | None = None,
         **kwargs,
     ) -> MoECausalLMOutput:
@@ -501,6 +469,8 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
                 tensor for each sparse layer.
             output_router_statistics (`bool`): with `labels`, return `router_entropy` and `router_logit_max`.
             logits_to_keep (`int` or `torch.Tensor`): compute logits for the last n positions only, 0 for all.
+            skip_logits (`bool`): with `labels`, return no logits, so that those of the whole batch are never there at
+                once; without gradients each sequence's cross-entropy is returned besides.
             num_tokens_in_batch (`torch.Tensor` or `float`): unmasked tokens of the whole batch, over all ranks and
                 accumulation steps; with `num_items_in_batch` the loss is this micro-batch's additive share.
 
@@ -522,15 +492,20 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             output_router_drops=describes_routing,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-
-        ce_loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        if skip_logits and labels is not None:
+            logits = None
+            ce_loss, sequence_ce_losses = self._cross_entropy(outputs.last_hidden_state, labels, **kwargs)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+            ce_loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
+            sequence_ce_losses = None
         result = MoECausalLMOutput(
             # Given at once: an output's entries are ordered as they come, and `loss` is the first by convention.
             loss=ce_loss,
             ce_loss=ce_loss,
             logits=logits,
+            sequence_ce_losses=sequence_ce_losses,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -549,6 +524,27 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
                 num_tokens_in_batch = self._estimate_num_tokens(token_mask, labels, kwargs["num_items_in_batch"])
             self._add_router_losses(result, outputs, token_mask, num_tokens_in_batch)
         return result
+
+    def _cross_entropy(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | float | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return what `loss_function` returns for the logits, and without gradients `(B,)` sums of the sequences."""
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).to(hidden_states.device)
+        tokens = hidden_states.flatten(0, 1)
+        if torch.is_grad_enabled():
+            total, by_sequence = self.lm_head(tokens, targets.flatten()), None
+        else:
+            by_sequence = self.lm_head(tokens, targets.flatten(), reduce=False).view_as(targets).sum(dim=1)
+            total = by_sequence.sum()
+        if num_items_in_batch is None:
+            num_items_in_batch = (targets != IGNORED_LABEL).sum()
+        elif torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.to(total.device)
+        return total / num_items_in_batch, by_sequence
 
     def generate(self, *args, **kwargs):
         """As in `GenerationMixin`.

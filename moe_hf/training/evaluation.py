@@ -7,11 +7,10 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers import EvalPrediction
 
 from ..configuration_moe import MoEConfig
-from ..modeling_moe import MoECausalLMOutput
+from ..modeling_outputs import MoECausalLMOutput
 from .telemetry.balance import balance_of, load_shares
 from .telemetry.loads import LatestLoads
 
@@ -24,14 +23,14 @@ def sample_statistics(
 ) -> torch.Tensor:
     """Return what is known of each sample, `(B, 4)` float32, or `(B, 5 + 2 * L + L * E)` where there are routers.
 
+    The outputs are those of a forward pass with labels and `skip_logits`, without gradients.
+
     One row for every sample, so that the duplicates that even out the last batch over ranks can be dropped: summed
     cross-entropy, number of predicted tokens, balancing loss and z-loss of its batch; then the number of unmasked
     tokens, their summed entropy and largest logit in each layer, and its assignments, whole numbers that float32 holds
     exactly.
     """
-    targets = labels[:, 1:]
-    logits = outputs.logits[:, :-1].float()
-    ce = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none").sum(dim=1)
+    targets, ce = labels[:, 1:], outputs.sequence_ce_losses
     router = [loss if loss is not None else ce.new_zeros(()) for loss in (outputs.aux_loss, outputs.z_loss)]
     columns = [ce, targets.ne(-100).sum(dim=1).float(), *(loss.float().expand_as(ce) for loss in router)]
     statistics = torch.stack(columns, dim=1)

@@ -98,7 +98,7 @@ class MeasuringTrainer(CheckpointingTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As in `Trainer`, with the loss's parts and the routers' statistics kept for the log."""
-        inputs = {**inputs, "output_router_statistics": self._is_logged}
+        inputs = {**inputs, "skip_logits": True, "output_router_statistics": self._is_logged}
         with self._measured_attention(inputs):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
         self._statistics.add_micro_batch(outputs, num_unmasked(inputs))
@@ -136,7 +136,7 @@ class MeasuringTrainer(CheckpointingTrainer):
         """Return statistics of every sample instead of logits; `EvaluationMetrics` adds them up."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs, output_router_statistics=True)
+            outputs = model(**inputs, skip_logits=True, output_router_statistics=True)
         statistics = sample_statistics(outputs, inputs["labels"], inputs.get("attention_mask"))
         # Trainer computes metrics only where there are labels; ours are already in the statistics.
         return None, statistics, torch.zeros_like(statistics[:, 0])

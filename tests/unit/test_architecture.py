@@ -19,6 +19,8 @@ TRAVELLING = (
     "routing",
     "router_selection",
     "router_losses",
+    "language_head",
+    "modeling_outputs",
     "modeling_moe",
 )
 THEIR_PACKAGES = {"torch", "transformers", "huggingface_hub"}

@@ -28,6 +28,7 @@ BAD_SETTINGS = [
     ({"head_dim": 0}, "head_dim=0"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu'", "'silu'"),
     ({"attention_dropout": 1.0}, "attention_dropout=1.0"),
+    ({"hidden_dropout": 1.0}, "hidden_dropout=1.0"),
     ({"attention_dropout": -0.1}, "attention_dropout=-0.1"),
     ({"attention_dropout": NAN}, "attention_dropout=nan"),
     ({"qk_norm_scope": "layer"}, "qk_norm_scope='layer'", "'full'"),

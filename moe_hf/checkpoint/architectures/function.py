@@ -12,6 +12,7 @@ from ...errors import ConfigError
 # How to train and how to begin, and what `mlp_layer_types` says in other words.
 _NO_PART_OF_IT = {
     "initializer_range",
+    "hidden_dropout",
     "use_cache",
     "output_router_logits",
     "router_aux_loss_coef",

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from ...configuration_moe import MoEConfig
-from ...modeling_moe import MoECausalLMOutput, MoEForCausalLM
+from ...modeling_moe import MoEForCausalLM
+from ...modeling_outputs import MoECausalLMOutput
 from ...parallel.processes import world_size
 from ...parameter_families import FAMILIES
 from ...routing import MoERouter

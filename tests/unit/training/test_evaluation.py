@@ -8,7 +8,7 @@ from small import make_rows, small_config
 from transformers import EvalPrediction
 
 from moe_hf import MoEForCausalLM
-from moe_hf.modeling_moe import MoECausalLMOutput
+from moe_hf.modeling_outputs import MoECausalLMOutput
 from moe_hf.training.collator import CausalLMCollator
 from moe_hf.training.evaluation import EvaluationMetrics, sample_statistics
 from moe_hf.training.telemetry.loads import LatestLoads
@@ -36,7 +36,7 @@ def metrics_of(*statistics: torch.Tensor, loads: LatestLoads | None = None) -> d
 
 def statistics_of(model: MoEForCausalLM, batch: dict) -> torch.Tensor:
     """Return what an evaluation keeps of a batch."""
-    outputs = model(**batch, output_router_statistics=True)
+    outputs = model(**batch, skip_logits=True, output_router_statistics=True)
     return sample_statistics(outputs, batch["labels"], batch.get("attention_mask"))
 
 
@@ -63,11 +63,19 @@ def assignments_of(model: MoEForCausalLM, batch: dict) -> list[list[list[int]]]:
     return layers
 
 
-def test_every_sample_has_its_own_sums():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_sample_has_its_own_sums(dtype):
     torch.manual_seed(3)
-    logits = torch.randn(3, 5, 11)
+    model = (
+        MoEForCausalLM(small_config(num_experts=0, shared_expert_intermediate_size=0, shared_expert_gate=False))
+        .to(dtype)
+        .eval()
+    )
     labels = torch.tensor([[1, 2, 3, 4, 5], [-100, -100, 7, -100, 8], [-100] * 5])
-    outputs = MoECausalLMOutput(logits=logits, aux_loss=torch.tensor(1.25), z_loss=torch.tensor(0.5))
+    batch = {"input_ids": torch.randint(128, labels.shape), "labels": labels}
+    with torch.no_grad():
+        logits, outputs = model(**batch).logits, model(**batch, skip_logits=True)
+    outputs.aux_loss, outputs.z_loss = torch.tensor(1.25), torch.tensor(0.5)
     statistics = sample_statistics(outputs, labels)
     assert statistics.shape == (3, 4) and statistics.dtype == torch.float32
     for row, of_logits, of_labels in zip(statistics, logits, labels, strict=True):
@@ -75,14 +83,9 @@ def test_every_sample_has_its_own_sums():
         assert row.tolist() == pytest.approx([total, count, 1.25, 0.5], rel=1e-5)
 
 
-def test_rounded_logits_are_summed_in_float32():
-    torch.manual_seed(4)
-    logits = torch.randn(2, 40, 11).bfloat16()
-    labels = torch.randint(11, (2, 40))
-    statistics = sample_statistics(MoECausalLMOutput(logits=logits), labels)
-    expected = [summed_cross_entropy(*row)[0] for row in zip(logits, labels.tolist(), strict=True)]
-    assert statistics[:, 0].tolist() == pytest.approx(expected, rel=1e-5)
-    assert not statistics[:, 2:].any()
+def test_a_model_without_routers_has_no_router_losses():
+    outputs = MoECausalLMOutput(sequence_ce_losses=torch.tensor([3.0, 4.0]))
+    assert sample_statistics(outputs, torch.tensor([[1, 2], [-100, -100]])).tolist() == [[3, 1, 0, 0], [4, 0, 0, 0]]
 
 
 def test_loss_is_the_mean_over_tokens_not_over_batches():
@@ -93,14 +96,14 @@ def test_loss_is_the_mean_over_tokens_not_over_batches():
     batches = [collate(rows[:6]), collate(rows[6:])]
     total, count, aux, z, means = 0.0, 0, 0.0, 0.0, []
     with torch.no_grad():
-        outputs = [model(**batch, output_router_statistics=True) for batch in batches]
+        outputs = [model(**batch) for batch in batches]
+        steps = [statistics_of(model, batch) for batch in batches]
     for batch, output in zip(batches, outputs, strict=True):
         sums = [summed_cross_entropy(*row) for row in zip(output.logits, batch["labels"].tolist(), strict=True)]
         of_batch, tokens = (sum(column) for column in zip(*sums, strict=True))
         total, count = total + of_batch, count + tokens
         aux, z = aux + tokens * output.aux_loss.item(), z + tokens * output.z_loss.item()
         means.append(of_batch / tokens)
-    steps = [sample_statistics(o, b["labels"]) for o, b in zip(outputs, batches, strict=True)]
     metrics = metrics_of(*steps)
     assert metrics_of(torch.cat(steps)) == pytest.approx(metrics, rel=1e-12), "all rows at once give the same"
     assert {name: metrics[name] for name in ("loss", "perplexity", "tokens", "aux_loss", "z_loss")} == {
