@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv with everything the package and its tests need; quick when it is there already. Sourced by the others.
+# Make .venv with everything the package needs; quick when it is there already. Sourced by the others.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,8 +15,10 @@ find_python() {
     return 1
 }
 
+# Install the package, with an extra of setup.cfg if one is named.
 setup_venv() {
-    local stamp=.venv/.installed wanted
+    local extra=${1:-} wanted
+    local stamp=.venv/.installed${extra:+-$extra}
     # Installed again whenever the dependencies have changed.
     wanted=$(cksum setup.cfg pyproject.toml)
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
@@ -28,7 +30,7 @@ setup_venv() {
     [ -x .venv/bin/python ] || "$python" -m venv .venv
     # torch first and alone: a later resolver run must find it there, not choose another build.
     .venv/bin/python -m pip install --quiet --disable-pip-version-check 'torch>=2.11,<2.14' numpy setuptools wheel
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}"
     echo "$wanted" >"$stamp"
 }
 

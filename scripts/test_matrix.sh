@@ -1,0 +1,40 @@
+# The suite on the oldest and the newest versions that setup.cfg admits; sourced by test.sh --matrix.
+#
+# Each row is an environment of its own in .matrix/, which takes from .venv all but what the row names.
+
+# Lower bound of a requirement: `transformers >=5.17,<6` gives 5.17.
+oldest() {
+    sed -n "s/^ *$1 *>=\([0-9.]*\).*/\1/p" setup.cfg
+}
+
+# Make .matrix/NAME with the given requirements before everything of .venv; print its Python.
+setup_row() {
+    local python=.matrix/$1/bin/python site='import sysconfig; print(sysconfig.get_path("purelib"))'
+    [ -x "$python" ] || .venv/bin/python -m venv ".matrix/$1"
+    shift
+    # Added behind its own packages; addsitedir, because ours is installed as a link there.
+    echo "import site; site.addsitedir('$(.venv/bin/python -c "$site")')" >"$("$python" -c "$site")/base.pth"
+    "$python" -m pip install --quiet --disable-pip-version-check --upgrade "$@"
+    echo "$PWD/$python"
+}
+
+run_matrix() {
+    local -A rows=(
+        [oldest-transformers]="transformers==$(oldest transformers)"
+        [newest-transformers-oldest-deepspeed]="transformers<6 deepspeed==$(oldest deepspeed)"
+    )
+    local name python failed=0 table=""
+    for name in "${!rows[@]}"; do
+        # Unquoted: several requirements.
+        # shellcheck disable=SC2086
+        python=$(setup_row "$name" ${rows[$name]})
+        echo "== $name: ${rows[$name]}"
+        local verdict=passed
+        run_suite "$python" "$@" || { verdict=FAILED failed=1; }
+        table+="$("$python" -c 'import deepspeed, torch, transformers
+print(f"Transformers {transformers.__version__}, DeepSpeed {deepspeed.__version__}, torch {torch.__version__}")' |
+            tail -n 1): $verdict"$'\n'
+    done
+    printf '\n%s' "$table"
+    return "$failed"
+}
