@@ -240,10 +240,10 @@ def test_folder_of_a_saved_model_gives_its_configuration(saved):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({}, "Neither --config_name nor --model_name_or_path is given; name a preset (quickstart"),
+        ({}, "Neither --config_name nor --model_name_or_path is given; name a preset (fine-64e, gpt-124m"),
         ({"config_name": "quickstart", "model_name_or_path": "x"}, "both name a configuration; give one of them."),
         ({"config_name": "quikstart"}, "is neither a preset nor a .json or .yaml file; did you mean quickstart?"),
-        ({"config_name": "zzz"}, "is neither a preset nor a .json or .yaml file; there are quickstart"),
+        ({"config_name": "zzz"}, "is neither a preset nor a .json or .yaml file; there are fine-64e, gpt-124m"),
         ({"config_name": "absent.yaml"}, "--config_name absent.yaml: there is no such file."),
         ({"model_name_or_path": "absent"}, "absent is not a folder with a config.json and weights."),
     ],

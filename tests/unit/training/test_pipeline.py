@@ -767,12 +767,6 @@ def test_generate_refuses_a_folder_without_an_export(lab, evaluated, capsys, wro
     assert line.startswith("error: ") and line.endswith("give OUTPUT_DIR/hf of a run.")
 
 
-def test_presets_are_listed(capsys):
-    cli.main(["presets"])
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("quickstart")]
-    assert line.split() == ["quickstart", "4,625,344", "3,298,240", "4", "(2)", "8", "2"]
-
-
 @pytest.mark.parametrize(("batch", "last"), [(8, 15), (2, 42), (4, 24)])
 def test_epochs_end_where_they_end_with_another_batch_size(lab, batch, last):
     """48 rows, twice: 24 of them were read by 6 steps of 4 rows, and 72 are left."""
