@@ -40,6 +40,8 @@ EXPORTED = {
     "router_losses.py",
     "router_rules.py",
     "router_selection.py",
+    "language_head.py",
+    "modeling_outputs.py",
     "routing.py",
     "tokenizer.json",
     "tokenizer_config.json",
