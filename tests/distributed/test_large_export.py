@@ -12,6 +12,8 @@ from small import deepspeed_json, flags, recipe
 from moe_hf import MoEConfig
 from moe_hf.checkpoint.export import expected_tensors
 
+pytestmark = pytest.mark.slow
+
 LARGE = {
     "vocab_size": 50304,
     "hidden_size": 1024,

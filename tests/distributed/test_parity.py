@@ -83,9 +83,9 @@ class Cell:
 
     @property
     def is_slow(self) -> bool:
-        """Four processes without accumulation add little to what two do, but where experts have replicas."""
-        plain = self.dtype == "fp32" and self.accumulation == 1 and self.ep != 2
-        return self.ranks == 4 and (plain or (self.dtype == "bf16" and self.zero == 1))
+        """Of four processes those run always that show what two cannot: replicas of experts, and experts over four."""
+        shown_by_four = self.accumulation == 2 and self.zero >= 2 and self.ep != 1
+        return self.ranks == 4 and (not shown_by_four or (self.dtype == "bf16" and (self.zero, self.ep) != (3, 4)))
 
     @property
     def recipe(self) -> oracle.Recipe:

@@ -67,6 +67,10 @@ SOURCES = [
 
 # What others show as well; run with --slow.
 SLOW_SOURCES = {
+    Layout(2, 0, None, "bf16"),
+    Layout(4, 3, 2, "bf16"),
+    Layout(2, 1, 2, routers="frozen"),
+    Layout(2, 2, 2, routing="sigmoid", routers="frozen"),
     Layout(2, 0, None, "bf16", routers="own"),
     Layout(2, 0, None, routers="frozen"),
     Layout(2, 3, None, "bf16", routers="frozen"),
