@@ -7,7 +7,7 @@
 #
 # Runs on all local accelerators, or in two CPU processes where there is none. STEPS=50 makes it shorter.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 declare -A overrides=(
     [aux_loss_global]="router_balancing=aux_loss,router_aux_loss_scope=global"
@@ -30,23 +30,12 @@ for method in "${methods[@]}"; do
 done
 
 folder=runs/compare_routing
-options=()
-accelerators=$(count_accelerators)
-if [ "$accelerators" -ge 1 ]; then
-    processes=$accelerators
-    options+=(--bf16 True --expert_parallel_size $((accelerators % 2 == 0 ? 2 : 1)))
-else
-    processes=2
-    export DS_ACCELERATOR=cpu
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( $(nproc) / 2 > 0 ? $(nproc) / 2 : 1 ))}
-fi
-export TOKENIZERS_PARALLELISM=false PYTHONWARNINGS="ignore::FutureWarning"
+choose_devices
 
 runs=()
 for method in "${methods[@]}"; do
     echo "== $method: ${overrides[$method]}"
-    PATH="$PWD/.venv/bin:$PATH" .venv/bin/deepspeed --log_level warning --num_accelerators "$processes" \
-        run_clm_moe.py \
+    launch \
         --config_name quickstart --config_overrides "${overrides[$method]}" \
         --deepspeed ds_configs/zero3_ep.json \
         --output_dir "$folder/$method" --overwrite_output_dir \

@@ -6,30 +6,13 @@
 #
 # Runs on all local accelerators, or in two CPU processes where there is none. STEPS=50 makes it shorter.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 output_dir=runs/quickstart
-accelerators=$(count_accelerators)
-options=()
-if [ "$accelerators" -ge 2 ]; then
-    processes=$((accelerators - accelerators % 2))
-    options+=(--bf16 True)
-elif [ "$accelerators" -eq 1 ]; then
-    processes=1
-    options+=(--bf16 True --expert_parallel_size 1)
-else
-    processes=2
-    export DS_ACCELERATOR=cpu
-    # Two processes on the cores of one machine: more threads than cores only get into each other's way.
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( $(nproc) / 2 > 0 ? $(nproc) / 2 : 1 ))}
-fi
-export TOKENIZERS_PARALLELISM=false
-# DeepSpeed still calls some collectives by names that torch renames.
-export PYTHONWARNINGS="ignore::FutureWarning"
+choose_devices
 
 echo "1/3 Training the preset 'quickstart' in $processes processes: ZeRO-3, expert parallelism."
-PATH="$PWD/.venv/bin:$PATH" .venv/bin/deepspeed --log_level warning --num_accelerators "$processes" \
-    run_clm_moe.py \
+launch \
     --config_name quickstart \
     --deepspeed ds_configs/zero3_ep.json \
     --output_dir "$output_dir" --overwrite_output_dir \

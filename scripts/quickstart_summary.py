@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
 
 import moe_hf  # noqa: F401  (registers the architecture)
-from moe_hf.training.collator import CausalLMCollator
-from moe_hf.training.data import build_datasets
-from moe_hf.training.data_arguments import DataArguments
+from moe_hf.data.arguments import DataArguments
+from moe_hf.data.build import build_datasets
+from moe_hf.data.collator import CausalLMCollator
 from moe_hf.training.telemetry.jsonlines import METRICS_NAME
 
 PROMPT = "def read_lines(path):\n"

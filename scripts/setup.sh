@@ -34,6 +34,21 @@ setup_venv() {
     echo "$wanted" >"$stamp"
 }
 
+# install_packages TESTS PACKAGE…: get what only these tests need, where that is possible.
+install_packages() {
+    local tests=$1
+    shift
+    if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
+        echo "$* cannot be installed here, so $tests will be skipped."
+        return
+    fi
+    echo "Installing $* for $tests …"
+    if ! { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@"
+    } >/dev/null 2>&1 </dev/null; then
+        echo "$* could not be installed by apt-get, so $tests will be skipped."
+    fi
+}
+
 # The browser in which tests/browser looks at reports; only the tests need one.
 setup_browser() {
     local name
@@ -42,14 +57,13 @@ setup_browser() {
             return
         fi
     done
-    if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
-        echo "No Chromium was found and it cannot be installed here, so the tests in tests/browser will be skipped."
-        return
-    fi
-    echo "Installing Chromium for tests/browser …"
-    if ! { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium
-    } >/dev/null 2>&1 </dev/null; then
-        echo "Chromium could not be installed by apt-get, so the tests in tests/browser will be skipped."
+    install_packages tests/browser chromium
+}
+
+# What starts a run on two machines from one of them; only a slow test needs it.
+setup_ssh() {
+    if ! PATH="$PATH:/usr/sbin" command -v sshd >/dev/null || ! command -v pdsh >/dev/null; then
+        install_packages "the hostfile test in tests/distributed/test_two_nodes.py" openssh-server openssh-client pdsh
     fi
 }
 

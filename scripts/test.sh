@@ -29,6 +29,9 @@ run_suite() {
 
 setup_venv test
 setup_browser
+if [[ " $* " == *" --slow "* ]]; then
+    setup_ssh
+fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

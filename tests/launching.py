@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,9 +21,16 @@ def environment(on_cpu: bool = True) -> dict[str, str]:
         "HF_DATASETS_OFFLINE": "1",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
+        # As after activating the environment: its ninja, not another, whose notes on what is compiled would differ.
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "TOKENIZERS_PARALLELISM": "false",
         "WANDB_MODE": "offline",
     }
+
+
+def hear_ctrl_c() -> None:
+    """Let a process that is being started end on SIGINT; one started in the background inherits that it is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def free_port() -> int:
