@@ -3,10 +3,14 @@
 Importing the package registers the `moe_hf` architecture with Transformers' `Auto*` classes.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from .import_noise import silence
 
-from .configuration_moe import MoEConfig
-from .modeling_moe import MoEForCausalLM, MoEModel
+silence()
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM  # noqa: E402
+
+from .configuration_moe import MoEConfig  # noqa: E402
+from .modeling_moe import MoEForCausalLM, MoEModel  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -64,6 +64,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 hidden_gradient[rows] = gradient @ weight
             if for_weight:
                 weight_gradient += gradient.t() @ hidden_states[rows]
+            del log_probabilities, gradient  # or they would live on beside those of the next chunk
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.weight_dtype = weight.dtype
         return total

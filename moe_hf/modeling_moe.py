@@ -503,7 +503,8 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         result = MoECausalLMOutput(
             # Given at once: an output's entries are ordered as they come, and `loss` is the first by convention.
             loss=ce_loss,
-            ce_loss=ce_loss,
+            # Not the same tensor: Trainer scales the loss in place.
+            ce_loss=None if ce_loss is None else ce_loss.clone(),
             logits=logits,
             sequence_ce_losses=sequence_ce_losses,
             past_key_values=outputs.past_key_values,

@@ -5,6 +5,7 @@ its losses, reductions, accumulation, clipping, optimizer grouping or schedule.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -45,13 +46,19 @@ class Trajectory:
     num_tokens: list[int] = field(default_factory=list)
 
 
-def train(model: MoEForCausalLM, recipe: Recipe, dtype: torch.dtype = torch.float32, pieces: int = 1) -> Trajectory:
+def train(
+    model: MoEForCausalLM,
+    recipe: Recipe,
+    dtype: torch.dtype = torch.float32,
+    pieces: int = 1,
+    make_optimizer: Callable[[MoEForCausalLM], torch.optim.Optimizer] | None = None,
+) -> Trajectory:
     """Run the recipe and return its trajectory.
 
     With a 16-bit `dtype` the forward and backward pass see rounded weights, and the optimizer the float32 ones.
     `pieces` > 1 sends each micro-batch through the model in as many pieces as there are ranks: for methods that look at
     the tokens of one rank together, and because rounding depends on the shapes that are multiplied, and tips tokens
-    from one expert to another.
+    from one expert to another. `make_optimizer` puts another one in the place of AdamW.
     """
     result = Trajectory()
     # As mixed precision does: the float32 weights begin as the rounded ones.
@@ -64,6 +71,9 @@ def train(model: MoEForCausalLM, recipe: Recipe, dtype: torch.dtype = torch.floa
         eps=recipe.adam_epsilon,
         fused=True,
     )
+    if make_optimizer is not None:
+        optimizer = make_optimizer(model)
+    starting_rates = [group["lr"] for group in optimizer.param_groups]
     rows = iter(recipe.rows)
     for step in range(recipe.num_steps):
         size = recipe.rows_per_micro_batch // pieces
@@ -71,8 +81,8 @@ def train(model: MoEForCausalLM, recipe: Recipe, dtype: torch.dtype = torch.floa
             [_collate([next(rows) for _ in range(size)]) for _ in range(pieces)]
             for _ in range(recipe.micro_batches_per_step)
         ]
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * (1 - step / recipe.num_steps)
+        for group, rate in zip(optimizer.param_groups, starting_rates, strict=True):
+            group["lr"] = rate * (1 - step / recipe.num_steps)
         optimizer.zero_grad()
         for name, parameter in model.named_parameters():
             parameter.data = masters[name].to(dtype)

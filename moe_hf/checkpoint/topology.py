@@ -42,7 +42,8 @@ class Topology:
     """How a run is laid out over processes; `expert_parallel_size` 0 is AutoEP off, `zero_stage` -1 no DeepSpeed.
 
     `routers` says where the optimizer has the routers' weights: `"shared"`, in the group of the other matrices;
-    `"own"`, in a group of their own, which comes after the usual two; `"frozen"`, nowhere.
+    `"own"`, in a group of their own, which comes after the usual two; `"frozen"`, nowhere. `optimizer` says whose
+    states it holds.
     """
 
     world_size: int
@@ -50,6 +51,7 @@ class Topology:
     zero_stage: int
     dtype: str
     routers: str = "shared"
+    optimizer: str = "adamw"
 
     @property
     def has_deepspeed(self) -> bool:
@@ -61,7 +63,8 @@ class Topology:
         zero = f"ZeRO {self.zero_stage}" if self.has_deepspeed else "no DeepSpeed"
         expert = f"EP {self.expert_parallel_size}" if self.expert_parallel_size else "EP off"
         routers = {"own": ", routers in a group of their own", "frozen": ", routers frozen"}.get(self.routers, "")
-        return f"{self.world_size} processes, {zero}, {expert}, {self.dtype}{routers}"
+        optimizer = "" if self.optimizer == "adamw" else f", {self.optimizer}"
+        return f"{self.world_size} processes, {zero}, {expert}, {self.dtype}{routers}{optimizer}"
 
 
 def architecture_of(config: MoEConfig) -> dict:
@@ -85,6 +88,10 @@ def what_must_stay(saved: Topology, now: Topology) -> str | None:
         return f"the training dtype must stay {saved.dtype}"
     if saved.has_deepspeed != now.has_deepspeed:
         return "DeepSpeed must stay on" if saved.has_deepspeed else "DeepSpeed must stay off"
+    if saved.optimizer != now.optimizer:
+        return f"the optimizer must stay {saved.optimizer}"
+    if saved.optimizer != "adamw" and needs_conversion(saved, now):
+        return "the layout must stay, because only the states of AdamW can be cut anew"
     if saved.has_deepspeed and saved.routers == "frozen" != now.routers:
         # ZeRO counts the steps of whole groups: Adam would take moments that are missing for means over all of them.
         return "--freeze_router must stay, because the checkpoint has no optimizer states of the routers"

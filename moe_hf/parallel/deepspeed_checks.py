@@ -21,6 +21,8 @@ from moe_hf.parallel.deepspeed_config import (
     zero_stage,
 )
 from moe_hf.parallel.deepspeed_schema import as_json, check_deepspeed_keys, check_deepspeed_values
+from moe_hf.parallel.muon import check_muon, uses_muon
+from moe_hf.parallel.placement import warn_of_groups_across_machines
 
 PRESET_NAME = "moe_hf"
 
@@ -84,6 +86,8 @@ def check_deepspeed_config(
     _check_batch_sizes(config, world_size, per_device_train_batch_size, gradient_accumulation_steps)
     _check_gradient_clipping(config, max_grad_norm or 0.0)
     _check_optimizer(config, learning_rate)
+    if uses_muon(config):
+        check_muon(config, max_grad_norm=max_grad_norm or 0.0, fp16=fp16)
     _check_training_loop(config)
     _check_other_parallelism(config)
     _check_expert_parallel_is_meant(config)
@@ -94,6 +98,7 @@ def check_deepspeed_config(
         _check_routing_is_ours(config)
         _check_zero_with_experts(config)
         _check_autoep_options(config, world_size)
+        warn_of_groups_across_machines(config, world_size)
 
 
 def _check_zero(config: Config) -> None:

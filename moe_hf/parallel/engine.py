@@ -2,31 +2,44 @@
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from ..modeling_moe import MoEForCausalLM, MoESparseBlock
 from .deepspeed_config import autoep_enabled, zero_stage
+from .muon import leave_others_to_adam, uses_muon
 from .processes import world_size
 
 
-def prepare_for_training(model: MoEForCausalLM, deepspeed_config: dict | None) -> None:
+def prepare_for_training(
+    model: MoEForCausalLM, deepspeed_config: dict | None, fetched_whole: tuple[type[nn.Module], ...] = ()
+) -> None:
     """Make `model` fit for data-parallel training; call it before `deepspeed.initialize`.
 
     Registers the model with AutoEP, tells ZeRO-3 to fetch a sparse block as one unit, and hands the model the sum
     over data-parallel ranks that its balancing loss needs.
+
+    Args:
+        model: not yet wrapped.
+        deepspeed_config: the JSON, if there is one.
+        fetched_whole: classes of modules that ZeRO-3 is to fetch as one unit, besides sparse blocks.
     """
     if world_size() > 1:
         model.reduce_router_statistics = sum_over_data_parallel_ranks
     if deepspeed_config is None:
         return
+    if uses_muon(deepspeed_config):
+        leave_others_to_adam()
     if autoep_enabled(deepspeed_config):
         from .autoep import register_preset
 
         register_preset()
-    elif zero_stage(deepspeed_config) == 3 and model.config.num_sparse_layers:
+    else:
+        # Which expert runs depends on the data: a block fetched piecewise would let ranks wait for different pieces.
+        fetched_whole = (MoESparseBlock, *fetched_whole)
+    if zero_stage(deepspeed_config) == 3 and fetched_whole:
         from deepspeed.utils import set_z3_leaf_modules
 
-        # Which expert runs depends on the data: a block fetched piecewise would let ranks wait for different pieces.
-        set_z3_leaf_modules(model, [MoESparseBlock])
+        set_z3_leaf_modules(model, list(fetched_whole), raise_if_not_found=False)
 
 
 def join_process_group() -> None:

@@ -1,7 +1,6 @@
 """Files that hold arguments or fields of a configuration, in JSON or YAML."""
 
 import json
-import re
 from pathlib import Path
 
 import yaml
@@ -9,20 +8,6 @@ import yaml
 from ..errors import ConfigError
 
 EXTENSIONS = (".json", ".yaml", ".yml")
-
-
-class _FloatLoader(yaml.SafeLoader):
-    """YAML as its version 1.2 and Python read numbers: 1e-6 is one."""
-
-
-_FloatLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def parse_yaml(text: str):
-    """Return what the text means; numbers such as `1e-6` are numbers."""
-    return yaml.load(text, Loader=_FloatLoader)
 
 
 def read_argument_file(path: str) -> dict[str, str | list[str]]:

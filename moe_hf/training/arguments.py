@@ -10,10 +10,12 @@ from typing import NoReturn
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..data.arguments import DataArguments
 from ..errors import ConfigError, UserError
 from .argument_files import EXTENSIONS, read_argument_file
-from .data_arguments import DataArguments
+from .precision_arguments import PrecisionArguments
 from .router_arguments import RouterArguments
+from .speed_arguments import SpeedArguments
 
 
 @dataclass
@@ -28,6 +30,10 @@ class ModelArguments:
     )
     config_overrides: str | None = field(
         default=None, metadata={"help": 'Change fields of the configuration: "num_experts=8,head_dim=None,…".'}
+    )
+    pad_vocab_to_multiple_of: int | None = field(
+        default=None,
+        metadata={"help": "Make vocab_size the length of --tokenizer_name rounded up to a multiple of this, as 128."},
     )
     num_experts: int | None = field(default=None, metadata={"help": "Experts of every sparse layer; 0 for dense."})
     num_experts_per_tok: int | None = field(default=None, metadata={"help": "Experts that each token visits."})
@@ -45,7 +51,7 @@ class ModelArguments:
 
 
 @dataclass
-class MoETrainingArguments(RouterArguments, TrainingArguments):
+class MoETrainingArguments(RouterArguments, PrecisionArguments, SpeedArguments, TrainingArguments):
     """`TrainingArguments` with what expert parallelism needs, and defaults that hide nothing."""
 
     expert_parallel_size: int | None = field(
@@ -85,7 +91,10 @@ class MoETrainingArguments(RouterArguments, TrainingArguments):
         if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", self.max_shard_size, re.IGNORECASE):
             raise ConfigError(f'max_shard_size={self.max_shard_size} must be a number of KB, MB, GB or TB, like "5GB".')
         self.check_router_arguments()
+        self.check_precision_arguments()
+        self.check_speed_arguments()
         super().__post_init__()
+        self.apply_tf32()
         if self.gradient_checkpointing or getattr(self, "activation_checkpointing", None):
             self._forbid_reentrant_checkpointing()
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainerState, set_seed
+from transformers import TrainerState, set_seed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -22,9 +22,10 @@ from .nonfinite import SkipCounter
 from .position import DataPosition
 from .resharding import continue_schedule, load_resharded
 from .router_optimizer import keep_router_settings, load_regrouped
+from .stream_training import StreamingTrainer
 
 
-class CheckpointingTrainer(Trainer):
+class CheckpointingTrainer(StreamingTrainer):
     """`Trainer` whose checkpoints know their topology and their place in the data, and hold a complete export.
 
     Args:
@@ -194,7 +195,7 @@ class CheckpointingTrainer(Trainer):
         place = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        if resume_from_checkpoint is None or self.args.ignore_data_skip:
+        if resume_from_checkpoint is None or self.args.ignore_data_skip or self._stream is not None:
             return place
         return self._position.place(self.args.gradient_accumulation_steps)
 
@@ -207,6 +208,7 @@ class CheckpointingTrainer(Trainer):
         progress = self._resumed.progress
         self._position.samples_seen = progress.samples_seen
         self._skips.total, self._skips.in_a_row = progress.skipped_steps, progress.skipped_in_a_row
+        self._restore_stream(Path(checkpoint))
 
     def _load_rng_state(self, checkpoint) -> None:
         try:

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from ..checkpoint.convert import convert
 from ..checkpoint.source import read_native_config
-from .corpus import default_cache_dir
+from ..data.corpus import default_cache_dir
 
 logger = logging.get_logger(__name__)
 

@@ -10,11 +10,13 @@ from ..parallel.gradient_norms import GradientNorms
 from ..parallel.processes import rank
 from .checkpointing import CheckpointingTrainer
 from .evaluation import EvaluationMetrics, sample_statistics
+from .flash_attention import document_bounds
 from .telemetry.attention_sink import AttentionSink
 from .telemetry.console import ConsoleCallback, PlainConsoleCallback
 from .telemetry.images import RouterImages
 from .telemetry.jsonlines import JsonLinesCallback
 from .telemetry.loads import LatestLoads
+from .telemetry.profiler import StepProfiler, parse_steps
 from .telemetry.statistics import TrainingStatistics, router_bias_ranges
 from .telemetry.throughput import Throughput, peak_memory_gib
 from .telemetry.watchdog import RouterWatchdog
@@ -57,8 +59,19 @@ class MeasuringTrainer(CheckpointingTrainer):
         self.add_callback(JsonLinesCallback(self._loads))
         self.add_callback(RouterImages(self._loads, self.callback_handler.callbacks))
         self.add_callback(self._watchdog)
+        self._profiler = StepProfiler(parse_steps(args.profile_steps), args.output_dir) if args.profile_steps else None
+        if self._profiler is not None:
+            self.add_callback(self._profiler)
 
     # ---- training ----
+
+    def train(self, *args, **kwargs):
+        """As in `Trainer`; steps that are traced are written even when the run ends among them."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._profiler is not None:
+                self._profiler.finish()
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -87,6 +100,12 @@ class MeasuringTrainer(CheckpointingTrainer):
             return step % self.state.logging_steps == 0
         ends_epoch = self.accelerator.gradient_state.end_of_dataloader or step == self.state.max_steps
         return args.logging_strategy == IntervalStrategy.EPOCH and ends_epoch
+
+    def _prepare_inputs(self, inputs):
+        """As in `Trainer`; flash attention is told where the documents of packed rows begin."""
+        inputs = super()._prepare_inputs(inputs)
+        is_flash = "flash" in self.accelerator.unwrap_model(self.model).config._attn_implementation
+        return {**inputs, **document_bounds(inputs)} if is_flash else inputs
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As in `Trainer`; after the last micro-batch of a step that is logged the gradient is measured."""

@@ -16,7 +16,8 @@ from ..checkpoint.source import local_folder, open_model, read_config, read_nati
 from ..configuration_moe import MoEConfig
 from ..errors import CheckpointError, ConfigError
 from ..presets import preset_names, read_preset
-from .argument_files import EXTENSIONS, parse_yaml
+from ..yaml_values import parse_yaml
+from .argument_files import EXTENSIONS
 from .arguments import ModelArguments
 
 # Ways to say which layers are sparse; the fields of one group belong together.

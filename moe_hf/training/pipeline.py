@@ -15,6 +15,13 @@ from transformers.utils import logging
 from ..checkpoint.manifest import EXPORT_NAME
 from ..checkpoint.topology import Topology
 from ..configuration_moe import MoEConfig
+from ..data.arguments import DataArguments
+from ..data.build import build_datasets, resolve_block_size
+from ..data.collator import CausalLMCollator
+from ..data.corpus import load_or_train_tokenizer
+from ..data.files import check_data_arguments
+from ..data.streaming import TokenStream
+from ..data.tokenized_folder import TOKENIZER_NAME
 from ..errors import ConfigError, DataError, UserError
 from ..modeling_moe import MoEForCausalLM
 from ..parallel.build_locks import remove_stale_build_locks
@@ -34,18 +41,19 @@ from ..parallel.shared_memory import remove_shared_buffers
 from ..parallel.versions import require_supported
 from .arguments import ModelArguments, MoETrainingArguments, construct, parse_arguments
 from .card_data import describe_data
-from .collator import CausalLMCollator
 from .converted_weights import loadable_folder
-from .corpus import load_or_train_tokenizer
-from .data import build_datasets, resolve_block_size
-from .data_arguments import DataArguments
-from .data_files import check_data_arguments
+from .flash_attention import choose_attention
 from .hub_push import check_hub_arguments
 from .model_config import build_config, check_weights, local_model
+from .optimizer_choice import optimizer_family
 from .output_folder import RemoveEarlierRun, check_output_folder
+from .precision_arguments import has_fp16
 from .resuming import ResumeChoice
 from .router_optimizer import router_grouping
+from .schedule import check_schedule
+from .stream_training import check_streaming, lay_out
 from .trainer import MoETrainer
+from .vocabulary import never_generate_padding, pad_vocabulary
 
 logger = logging.get_logger(__name__)
 
@@ -79,19 +87,20 @@ def build_trainer(argv: list[str], relay: FailureRelay, description: str | None 
     _check_flags(namespace)
     if model_args.model_name_or_path is not None:
         model_args.model_name_or_path = local_model(model_args.model_name_or_path)
+    pad_vocabulary(model_args, _tokenizer_name(model_args, data_args))
     config = build_config(model_args)
     if model_args.model_name_or_path is not None:
         check_weights(model_args.model_name_or_path, config)
+    in_16_bits = namespace.bf16 or namespace.fp16
+    model_args.attn_implementation = choose_attention(model_args.attn_implementation, config, in_16_bits)
     deepspeed_json = _checked_deepspeed_json(namespace, config)
     topology = _topology(namespace, config, deepspeed_json)
     check_data_arguments(data_args)
+    check_streaming(namespace, data_args)
     check_output_folder(namespace)
     choice = ResumeChoice(namespace, topology, config)
 
     replaced = {"deepspeed": deepspeed_json}
-    if data_args.streaming and namespace.accelerator_config is None:
-        # Otherwise one process reads for all and cuts its batches up, which rows of unequal length do not allow.
-        replaced["accelerator_config"] = {"dispatch_batches": False}
     if deepspeed_json is not None:
         _remove_what_killed_runs_have_left()
     try:
@@ -207,10 +216,11 @@ def _checked_deepspeed_json(namespace: argparse.Namespace, config: MoEConfig) ->
 def _topology(namespace: argparse.Namespace, config: MoEConfig, deepspeed_json: dict | None) -> Topology:
     dtype = "bfloat16" if namespace.bf16 else "float16" if namespace.fp16 else "float32"
     routers = router_grouping(namespace, config, deepspeed_json)
+    optimizer = optimizer_family(namespace, deepspeed_json)
     if deepspeed_json is None:
-        return Topology(world_size(), 0, -1, dtype, routers)
+        return Topology(world_size(), 0, -1, dtype, routers, optimizer)
     ep_size = expert_parallel_size(deepspeed_json) if autoep_enabled(deepspeed_json) else 0
-    return Topology(world_size(), ep_size, zero_stage(deepspeed_json), dtype, routers)
+    return Topology(world_size(), ep_size, zero_stage(deepspeed_json), dtype, routers, optimizer)
 
 
 def _check_flags(namespace: argparse.Namespace) -> None:
@@ -218,6 +228,7 @@ def _check_flags(namespace: argparse.Namespace) -> None:
     if not (namespace.do_train or namespace.do_eval):
         raise ConfigError("Nothing to do: give --do_train, --do_eval or both.")
     check_hub_arguments(namespace)
+    check_schedule(namespace)
     if namespace.resume_from_checkpoint and namespace.train_sampling_strategy not in ("random", "sequential"):
         raise ConfigError(
             f"--train_sampling_strategy {namespace.train_sampling_strategy} orders the rows anew in each run, so that "
@@ -245,17 +256,26 @@ def _check_flags(namespace: argparse.Namespace) -> None:
     ):
         if (value := getattr(namespace, name)) < 1:
             raise ConfigError(f"{name}={value} must be at least 1.")
-    if namespace.fp16 and not (torch.accelerator.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported()):
+    if namespace.fp16 and not has_fp16():
         raise ConfigError("--fp16 needs an accelerator or a CPU with 16-bit floats; use --bf16.")
+    if namespace.fp16 and namespace.deepspeed is None and not torch.accelerator.is_available():
+        raise ConfigError("--fp16 without DeepSpeed would compute in 32 bits on a CPU; use --bf16.")
     if not namespace.eval_do_concat_batches:
         raise ConfigError("eval_do_concat_batches=False is not supported: evaluation keeps sums, not batches.")
+
+
+def _tokenizer_name(model_args: ModelArguments, data_args: DataArguments) -> str | None:
+    if data_args.tokenizer_name or model_args.model_name_or_path or data_args.tokenized_data is None:
+        return data_args.tokenizer_name or model_args.model_name_or_path
+    return os.path.join(os.path.expanduser(data_args.tokenized_data), TOKENIZER_NAME)
 
 
 def _load_tokenizer(
     args: MoETrainingArguments, model_args: ModelArguments, data_args: DataArguments, config: MoEConfig
 ) -> PreTrainedTokenizerBase:
-    name = data_args.tokenizer_name or model_args.model_name_or_path
-    if name is None and (data_args.train_file or data_args.validation_file or data_args.dataset_name):
+    name = _tokenizer_name(model_args, data_args)
+    sources = (data_args.train_file, data_args.validation_file, data_args.dataset_name, data_args.dataset_mixture)
+    if name is None and any(sources):
         logger.warning_once(
             "No --tokenizer_name: using the tokenizer of the embedded corpus, trained on Python source."
         )
@@ -276,7 +296,7 @@ def _load_tokenizer(
 
 
 def _load_data(args: MoETrainingArguments, data_args: DataArguments, tokenizer, config: MoEConfig, block_size: int):
-    return build_datasets(
+    train, validation = build_datasets(
         data_args,
         tokenizer,
         block_size=block_size,
@@ -286,6 +306,9 @@ def _load_data(args: MoETrainingArguments, data_args: DataArguments, tokenizer, 
         seed=args.seed,
         is_main_process_first_context=args.main_process_first(desc="data"),
     )
+    if isinstance(train, TokenStream):
+        lay_out(train, args, data_args.streaming_partitions)
+    return train, validation
 
 
 def _build_model(
@@ -300,7 +323,10 @@ def _build_model(
     implementations = {name: value for name, value in implementations.items() if value is not None}
     try:
         if weights is None:
-            return MoEForCausalLM._from_config(config, dtype=torch.float32, **implementations)
+            model = MoEForCausalLM._from_config(config, dtype=torch.float32, **implementations)
+            if model_args.pad_vocab_to_multiple_of is not None:
+                never_generate_padding(model, len(tokenizer))
+            return model
         return MoEForCausalLM.from_pretrained(
             weights, config=config, dtype=torch.float32, use_safetensors=True, **implementations
         )

@@ -3,12 +3,15 @@
 import signal
 
 import torch
+from accelerate.utils import TorchDynamoPlugin
 
 from ..errors import ConfigError, UserError
 from ..parallel.deepspeed_config import autoep_enabled, expert_parallel_size, zero_stage
 from ..parallel.engine import prepare_for_training, report_clipped_norm
+from ..parallel.float8 import convert_to_float8
 from ..parallel.processes import rank
 from .bias_update import RouterBiasUpdater
+from .compiling import FETCHED_WHOLE, compile_dense_parts
 from .measuring import MeasuringTrainer, num_unmasked
 from .nonfinite import NonFiniteGuard
 from .preemption import Preempted, SignalWatch, spare_workers
@@ -28,13 +31,22 @@ class MoETrainer(MeasuringTrainer):
 
     def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs)
-        prepare_for_training(self.model, self._deepspeed_json)
+        if self.args.fp8:
+            convert_to_float8(self.model, checkpointed=self.args.gradient_checkpointing)
+        fetched_whole = FETCHED_WHOLE if self.args.torch_compile else ()
+        prepare_for_training(self.model, self._deepspeed_json, fetched_whole)
+        if self.args.torch_compile:
+            compile_dense_parts(self.model, self.args.torch_compile_backend, self.args.torch_compile_mode)
         self._guard = NonFiniteGuard()
         self._signals = SignalWatch()
         self._stop_reason: str | None = None
         self._preempted_by: signal.Signals | None = None
         self._num_tokens_in_batch: torch.Tensor | int = 0
         self._last_counted_step = -1
+
+    def _build_accelerator_args(self, **kwargs) -> dict:
+        # Accelerate would compile whole layers, experts included.
+        return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
 
     # ---- losses ----
 

@@ -90,7 +90,7 @@ from .. import __version__, presets
 from . import gather
 from .zero import x
 def later():
-    from moe_hf.training.data import y
+    from moe_hf.data.build import y
     importlib.import_module("deepspeed.comm")
 """
     assert imported_modules(PACKAGE / "parallel" / "engine.py", source) == [
@@ -101,7 +101,7 @@ def later():
         "moe_hf.presets",
         "moe_hf.parallel.gather",
         "moe_hf.parallel.zero",
-        "moe_hf.training.data",
+        "moe_hf.data.build",
         "deepspeed.comm",
     ]
     assert imported_modules(PACKAGE / "__init__.py", "from .routing import x") == ["moe_hf.routing"]

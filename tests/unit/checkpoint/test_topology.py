@@ -15,6 +15,7 @@ OTHER = {
     "zero_stage": (2, None),
     "dtype": ("float32", "the training dtype must stay bfloat16"),
     "routers": ("own", None),
+    "optimizer": ("muon", "the optimizer must stay adamw"),
 }
 # What training may change from one run to the next: losses, initial values, dropout, what generation uses.
 NOT_PART_OF_THE_MODEL = {

@@ -156,6 +156,7 @@ def test_a_checkpoint_as_json(run, capsys):
             "zero_stage": 3,
             "dtype": "bfloat16",
             "routers": "shared",
+            "optimizer": "adamw",
         },
         "weights_only": False,
         "resumable": True,

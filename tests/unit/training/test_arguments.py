@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers.trainer_utils import SaveStrategy
 
+from moe_hf.data.arguments import DataArguments
 from moe_hf.errors import ConfigError
 from moe_hf.training.arguments import (
     ModelArguments,
@@ -16,7 +17,6 @@ from moe_hf.training.arguments import (
     construct,
     parse_arguments,
 )
-from moe_hf.training.data_arguments import DataArguments
 
 YAML_IS_NOT_CHECKED = "values of a file that are not text do not pass through the parser"
 

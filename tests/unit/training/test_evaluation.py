@@ -8,8 +8,8 @@ from small import make_rows, small_config
 from transformers import EvalPrediction
 
 from moe_hf import MoEForCausalLM
+from moe_hf.data.collator import CausalLMCollator
 from moe_hf.modeling_outputs import MoECausalLMOutput
-from moe_hf.training.collator import CausalLMCollator
 from moe_hf.training.evaluation import EvaluationMetrics, sample_statistics
 from moe_hf.training.telemetry.loads import LatestLoads
 

@@ -17,10 +17,10 @@ from transformers.utils import logging
 from moe_hf import MoEForCausalLM
 from moe_hf.checkpoint.export import export_model
 from moe_hf.checkpoint.hub import PushError
+from moe_hf.data.arguments import DataArguments
 from moe_hf.errors import ConfigError
 from moe_hf.parallel.failure import FailureRelay
 from moe_hf.training.card_data import describe_data
-from moe_hf.training.data_arguments import DataArguments
 from moe_hf.training.hub_push import HubPusher, check_hub_arguments
 from moe_hf.training.pipeline import train_and_export
 

@@ -16,9 +16,9 @@ from small import flags, make_rows, recipe, save_small_model
 from transformers import Trainer
 
 from moe_hf import MoEForCausalLM
+from moe_hf.data.collator import CausalLMCollator
 from moe_hf.modeling_moe import MoEAttention
 from moe_hf.parameter_families import family_of
-from moe_hf.training.collator import CausalLMCollator
 from moe_hf.training.pipeline import train_and_export
 
 NUM_STEPS = 6

@@ -7,9 +7,9 @@ import torch
 from small import make_rows, small_config
 
 from moe_hf import MoEForCausalLM
+from moe_hf.data.collator import CausalLMCollator
 from moe_hf.modeling_outputs import MoECausalLMOutput
 from moe_hf.parameter_families import FAMILIES
-from moe_hf.training.collator import CausalLMCollator
 from moe_hf.training.telemetry.loads import LatestLoads
 from moe_hf.training.telemetry.statistics import TrainingStatistics, router_bias_ranges
 

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 
 from ..errors import DataError
-
-IGNORED_LABEL = -100
+from ..language_head import IGNORED_LABEL
 
 
 @dataclass

@@ -8,15 +8,34 @@ once instead of leaving some ranks waiting.
 import glob
 import json
 import os
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from urllib.parse import urlsplit
+
+import fsspec
 
 from ..errors import DataError
+from .mixture_file import sources_of
+from .tokenized_folder import check_shards, read_record
 
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 """File extension to the `datasets` builder that reads it."""
 
 PACKINGS = ("blocks", "documents", "pad")
+
+_FLAGS_OF_TOKENIZED_DATA = {
+    "tokenized_data",
+    "tokenizer_name",
+    "cache_dir",
+    "overwrite_cache",
+    "preprocessing_num_workers",
+    "block_size",
+    "packing",
+    "max_train_samples",
+    "max_eval_samples",
+    "streaming_shuffle_buffer",
+}
 
 
 @dataclass
@@ -24,18 +43,33 @@ class DataArguments:
     """What to train and evaluate on, and how text becomes rows of tokens."""
 
     train_file: str | None = field(
-        default=None, metadata={"help": "Training data: a .txt, .json, .jsonl, .csv or .parquet file, or a glob."}
+        default=None,
+        metadata={"help": "Training data: a .txt, .json, .jsonl, .csv or .parquet file, a glob, or a URL."},
     )
     validation_file: str | None = field(default=None, metadata={"help": "Validation data: a file or a glob."})
     dataset_name: str | None = field(
         default=None, metadata={"help": "Dataset on the Hub, a folder of data files, or one written by save_to_disk."}
+    )
+    dataset_mixture: str | None = field(
+        default=None, metadata={"help": "YAML or JSON file that lists several sources of training data with weights."}
+    )
+    tokenized_data: str | None = field(
+        default=None, metadata={"help": "Folder of token ids that moe-hf tokenize has written, instead of text."}
     )
     dataset_config_name: str | None = field(
         default=None, metadata={"help": "Configuration of the dataset given by dataset_name."}
     )
     streaming: bool = field(default=False, metadata={"help": "Read while training instead of preparing all data."})
     streaming_shuffle_buffer: int = field(
-        default=1000, metadata={"help": "Rows held back to shuffle a streamed training set; 0 keeps its order."}
+        default=1000,
+        metadata={"help": "Documents of a streamed training set that are shuffled together; 0 keeps its order."},
+    )
+    streaming_partitions: int | None = field(
+        default=None,
+        metadata={
+            "help": "Parts of a stream (default: processes times loader workers). A run can go on with any number of "
+            "processes that divides it."
+        },
     )
     text_column: str | None = field(
         default=None, metadata={"help": "Column that holds the text (default: text, or the only column of strings)."}
@@ -76,7 +110,8 @@ def resolve_files(value: str, flag: str) -> list[str]:
     """Expand a path, a glob, or several of them separated by spaces into existing data files.
 
     Args:
-        value (`str`): What the user gave. A path that exists is taken as it is, brackets and spaces included.
+        value (`str`): What the user gave. A path that exists is taken as it is, brackets and spaces included. URLs
+            are not looked at.
         flag (`str`): Name of the argument, for the messages.
 
     Returns:
@@ -93,16 +128,30 @@ def resolve_files(value: str, flag: str) -> list[str]:
         what = "matches no file" if glob.has_magic(value) else "does not exist"
         raise DataError(f"{flag} {value!r} {what}; give the path of a data file or a glob such as 'data/*.jsonl'")
     for file in files:
-        if os.path.isdir(file):
+        if is_url(file):
+            _check_protocol(file, flag)
+        elif os.path.isdir(file):
             raise DataError(f"{flag} {file!r} is a folder; give a file or a glob such as '{file.rstrip('/')}/*.jsonl'")
         if _extension(file) not in BUILDERS:
             raise DataError(f"{flag} {file!r} has an unsupported extension; use one of {', '.join(BUILDERS)}")
-        if os.path.getsize(file) == 0:
+        if not is_url(file) and os.path.getsize(file) == 0:
             raise DataError(f"{flag} {file!r} is empty; give a file that holds text")
     extensions = sorted({_extension(file) for file in files})
     if len({BUILDERS[extension] for extension in extensions}) > 1:
         raise DataError(f"{flag} {value!r} mixes {' and '.join(extensions)} files; give files of one format")
     return files
+
+
+def _check_protocol(url: str, flag: str) -> None:
+    try:
+        fsspec.get_filesystem_class(url.split("://")[0])
+    except (ImportError, ValueError) as error:
+        raise DataError(f"{flag} {url!r} cannot be read here: {' '.join(str(error).split())}") from None
+
+
+def is_url(file: str) -> bool:
+    """Tell a URL such as `https://host/data.jsonl` from a path."""
+    return re.match(r"[a-z0-9+.-]+://", file, re.IGNORECASE) is not None
 
 
 def builder_of(files: Sequence[str]) -> str:
@@ -124,13 +173,19 @@ def check_data_arguments(data_args: DataArguments) -> None:
         raise DataError(f"validation_split_percentage={value} is out of range; use 0 to 100")
     if data_args.block_size is not None and data_args.block_size < 2:
         raise DataError(f"block_size={data_args.block_size} leaves no next token to predict; use 2 or more")
-    for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
+    for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers", "streaming_partitions"):
         value = getattr(data_args, name)
         if value is not None and value < 1:
             raise DataError(f"{name}={value} is out of range; use 1 or more, or leave it out")
     if data_args.streaming_shuffle_buffer < 0:
         raise DataError(f"streaming_shuffle_buffer={data_args.streaming_shuffle_buffer} is negative; use 0 or more")
+    if data_args.tokenized_data is not None:
+        _check_tokenized_data(data_args)
+        return
+    _check_streaming(data_args)
     _check_sources(data_args)
+    if data_args.dataset_mixture is not None:
+        _check_mixture(data_args)
 
 
 def find_bad_line(file: str) -> str | None:
@@ -161,6 +216,38 @@ def find_bad_line(file: str) -> str | None:
     return None
 
 
+def _check_streaming(data_args: DataArguments) -> None:
+    if not data_args.streaming and data_args.streaming_partitions is not None:
+        value = data_args.streaming_partitions
+        raise DataError(f"streaming_partitions={value} has no effect without streaming; add it or leave this out")
+    if data_args.streaming and data_args.max_train_samples is not None:
+        raise DataError(
+            f"max_train_samples={data_args.max_train_samples} does not go with streaming, which reads no more than "
+            "max_steps needs; leave one of them out"
+        )
+
+
+def _check_mixture(data_args: DataArguments) -> None:
+    """Refuse a mixture of sources that are wrong, each for itself, or do not go together."""
+    path = data_args.dataset_mixture
+    for flag in ("train_file", "dataset_name"):
+        if getattr(data_args, flag) is not None:
+            value = getattr(data_args, flag)
+            raise DataError(f"dataset_mixture={path!r} and {flag}={value!r} both given; put it into the mixture")
+    for source in sources_of(data_args):
+        _check_sources(source.data_args)
+        value = source.data_args.train_file
+        if (
+            value is not None
+            and builder_of(resolve_files(value, "train_file")) == "text"
+            and data_args.packing != "pad"
+        ):
+            raise DataError(
+                f"train_file {value!r} of {path!r} holds lines of text, and a mixture draws documents; use .jsonl or "
+                ".parquet with one document per row"
+            )
+
+
 def _check_sources(data_args: DataArguments) -> None:
     """Refuse sources that are missing or contradict each other."""
     name = data_args.dataset_name
@@ -186,13 +273,36 @@ def _check_sources(data_args: DataArguments) -> None:
             )
 
 
+def _check_tokenized_data(data_args: DataArguments) -> None:
+    """Refuse what was decided when the data was tokenized, and a folder that is not whole."""
+    folder = data_args.tokenized_data
+    for flag in fields(data_args):
+        value = getattr(data_args, flag.name)
+        if flag.name not in _FLAGS_OF_TOKENIZED_DATA and value != flag.default:
+            raise DataError(
+                f"{flag.name}={value!r} has no effect with tokenized_data={folder!r}, for which it was decided by "
+                "moe-hf tokenize; leave one of them out"
+            )
+    if data_args.packing == "pad":
+        raise DataError("packing='pad' does not go with tokenized_data, which is joined; use blocks or documents")
+    record = read_record(folder)
+    check_shards(folder, record)
+    if data_args.packing == "documents" and any(split.is_lines for split in record.splits.values()):
+        raise DataError(
+            f"packing='documents' needs to know where documents end, but tokenized_data {folder!r} was made of lines "
+            "of text; use packing='blocks', or tokenize .jsonl or .parquet with one document per row"
+        )
+
+
 def _expand(value: str) -> list[str]:
+    if is_url(value):
+        return [value] if len(value.split()) == 1 else []
     value = os.path.expanduser(value)
     return [value] if os.path.exists(value) else sorted(glob.glob(value, recursive=True))
 
 
 def _extension(file: str) -> str:
-    return os.path.splitext(file)[1].lower()
+    return os.path.splitext(urlsplit(file).path if is_url(file) else file)[1].lower()
 
 
 def _parse(line: bytes) -> object:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from moe_hf.data.collator import CausalLMCollator
 from moe_hf.errors import DataError
-from moe_hf.training.collator import CausalLMCollator
 
 PAD = 0
 

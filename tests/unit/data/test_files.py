@@ -10,9 +10,9 @@ from datasets import Dataset, DatasetDict
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
+from moe_hf.data.arguments import DataArguments
+from moe_hf.data.files import check_data_arguments, load_raw_splits, resolve_text_column
 from moe_hf.errors import DataError
-from moe_hf.training.data_arguments import DataArguments
-from moe_hf.training.data_files import check_data_arguments, load_raw_splits, resolve_text_column
 
 DOCUMENTS = ["first document", 'second, with "quotes" and a comma', "dritter: äöü 🦜"]
 

@@ -4,6 +4,7 @@ Local files, a dataset on the Hub or on disk, or the embedded corpus; `datasets`
 for a broken file names neither file nor line, so only when it fails are the files read again to find the place.
 """
 
+import errno
 import glob
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +16,23 @@ import datasets
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from datasets.arrow_writer import SchemaInferenceError
 from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import DataError
+from .arguments import DataArguments, builder_of, check_data_arguments, find_bad_line, is_url, resolve_files
 from .corpus import write_corpus
-from .data_arguments import DataArguments, builder_of, check_data_arguments, find_bad_line, resolve_files
 
-__all__ = ["RawSplit", "check_data_arguments", "explain_files", "load_raw_splits", "resolve_text_column"]
+__all__ = [
+    "RawSplit",
+    "check_data_arguments",
+    "explain_files",
+    "explained",
+    "load_raw_splits",
+    "reading",
+    "resolve_text_column",
+]
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 STREAM_PROBE_ROWS = 5000
 """A stream has no length: its validation split is a percentage of this many first rows."""
@@ -43,10 +55,17 @@ class RawSplit:
     """The local files that the rows are read from."""
     first_row: int = 0
     """Rows of the source that come before this split, so that messages count as the source does."""
+    stream: IterableDataset | None = None
+    """Of a stream, all files as they are: the first `first_row` rows of the first file are not part of this split."""
+
+    @property
+    def where(self) -> str:
+        """What messages call these rows."""
+        return f"the {self.name} data ({self.source})"
 
 
 def load_raw_splits(
-    data_args: DataArguments, *, do_train: bool, do_eval: bool
+    data_args: DataArguments, *, do_train: bool, do_eval: bool, train_split: str = "train"
 ) -> tuple[RawSplit | None, RawSplit | None]:
     """Load the rows to train and to evaluate on.
 
@@ -58,6 +77,7 @@ def load_raw_splits(
         data_args (`DataArguments`): Already accepted by `check_data_arguments`.
         do_train (`bool`): Whether the training split is wanted.
         do_eval (`bool`): Whether the validation split is wanted.
+        train_split (`str`, defaults to `"train"`): The split of `dataset_name` to train on.
 
     Returns:
         `tuple[RawSplit | None, RawSplit | None]`: Training and validation rows; None for what is not wanted.
@@ -68,7 +88,7 @@ def load_raw_splits(
     if not (do_train or do_eval):
         return None, None
     if data_args.dataset_name is not None:
-        loaders = _named_loaders(data_args)
+        loaders = _named_loaders(data_args, train_split)
     else:
         loaders = _file_loaders(data_args)
     has_validation = "validation" in loaders
@@ -80,7 +100,7 @@ def load_raw_splits(
     if do_eval and has_validation:
         validation = loaders["validation"]()
     if not has_validation:
-        with _explained(train.files):
+        with explained(train.files), reading(train.where, train.files):
             train, validation = _hold_out(train, data_args.validation_split_percentage, do_train, do_eval)
     return train if do_train else None, validation if do_eval else None
 
@@ -107,7 +127,7 @@ def resolve_text_column(split: RawSplit, requested: str | None) -> str:
 def explain_files(files: Sequence[str], cause: BaseException) -> str:
     """Say in one sentence what is wrong with files of which `datasets` only said `cause`."""
     builder = builder_of(files)
-    bad_lines = map(find_bad_line, files if builder != "parquet" else ())
+    bad_lines = (find_bad_line(file) for file in files if builder != "parquet" and not is_url(file))
     found = next((sentence for sentence in bad_lines if sentence is not None), None)
     if found is not None:
         return found
@@ -140,10 +160,10 @@ def _load_files(split: str, files: list[str], source: str, data_args: DataArgume
     # process waits seconds for that, for files it already has.
     read = getattr(Dataset, f"from_{builder}")
     options = {"keep_linebreaks": data_args.keep_linebreaks} if builder == "text" else {}
-    with _explained(files):
+    with explained(files), reading(source, files):
         dataset = read(
             # It takes every path for a pattern: unescaped, 'part[1].txt' would read as no rows at all.
-            [glob.escape(os.path.abspath(file)) for file in files],
+            [file if is_url(file) else glob.escape(os.path.abspath(file)) for file in files],
             split=split,
             cache_dir=data_args.cache_dir,
             streaming=data_args.streaming,
@@ -154,7 +174,7 @@ def _load_files(split: str, files: list[str], source: str, data_args: DataArgume
     return replace(raw, is_lines=builder == "text", files=tuple(files))
 
 
-def _named_loaders(data_args: DataArguments) -> dict[str, Callable[[], RawSplit]]:
+def _named_loaders(data_args: DataArguments, train_split: str) -> dict[str, Callable[[], RawSplit]]:
     """Load a dataset from the Hub or from a folder and offer its `train` and `validation` splits."""
     name = data_args.dataset_name
     try:
@@ -166,16 +186,23 @@ def _named_loaders(data_args: DataArguments) -> dict[str, Callable[[], RawSplit]
         ) from error
     except (FileNotFoundError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: dataset scripts
         raise DataError(f"dataset_name {name!r} cannot be loaded: {_first_line(_root_cause(error))}") from error
+    except HfHubHTTPError as error:
+        raise DataError(f"dataset_name {name!r} cannot be loaded: {_first_line(error)}") from error
     if not isinstance(loaded, dict):
         loaded = {"train": loaded}
-    wanted = {split: loaded[split] for split in ("train", "validation") if split in loaded}
-    if not wanted:
+    names = {"train": train_split, "validation": "validation"}
+    wanted = {split: loaded[its_name] for split, its_name in names.items() if its_name in loaded}
+    if not wanted or (train_split not in loaded and train_split != "train"):
         splits = ", ".join(map(str, loaded))
-        raise DataError(f"dataset_name {name!r} has no split 'train' or 'validation', only: {splits}")
-    return {
-        split: lambda split=split, dataset=dataset: _raw_split(split, repr(name), dataset, _column_types(dataset))
-        for split, dataset in wanted.items()
-    }
+        missing = "'train' or 'validation'" if train_split == "train" else repr(train_split)
+        raise DataError(f"dataset_name {name!r} has no split {missing}, only: {splits}")
+
+    def load(split: str) -> RawSplit:
+        with reading(repr(name)):
+            column_types = _column_types(wanted[split])
+        return _raw_split(split, repr(name), wanted[split], column_types)
+
+    return {split: partial(load, split) for split in wanted}
 
 
 def _load_named(name: str, data_args: DataArguments) -> DatasetDict | IterableDatasetDict | Dataset | IterableDataset:
@@ -196,7 +223,8 @@ def _load_named(name: str, data_args: DataArguments) -> DatasetDict | IterableDa
 def _raw_split(split: str, source: str, dataset: Dataset | IterableDataset, column_types: dict[str, str]) -> RawSplit:
     if not column_types:
         raise DataError(f"{source} has no rows; give data that holds text")
-    return RawSplit("training" if split == "train" else split, source, dataset, column_types)
+    stream = dataset if isinstance(dataset, IterableDataset) else None
+    return RawSplit("training" if split == "train" else split, source, dataset, column_types, stream=stream)
 
 
 def _column_types(dataset: Dataset | IterableDataset) -> dict[str, str]:
@@ -259,7 +287,7 @@ def _is_after(row: dict, index: int, num_skipped: int) -> bool:
 
 
 @contextmanager
-def _explained(files: Sequence[str]) -> Iterator[None]:
+def explained(files: Sequence[str]) -> Iterator[None]:
     """While `datasets` reads files: keep it from logging, and say in one sentence what it could not read."""
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -272,6 +300,23 @@ def _explained(files: Sequence[str]) -> Iterator[None]:
         raise DataError(explain_files(files, _root_cause(error))) from error
     finally:
         datasets.logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def reading(where: str, files: Sequence[str] = ()) -> Iterator[None]:
+    """While rows that may be far away are read: say in one sentence what failed and what to do."""
+    try:
+        yield
+    except Exception as error:
+        root = _root_cause(error)
+        if isinstance(error, (DataError, MemoryError)) or getattr(root, "errno", None) in _OF_THE_DISK:
+            raise
+        if files and not isinstance(root, OSError) and not any(map(is_url, files)):
+            raise DataError(explain_files(files, root)) from error
+        raise DataError(
+            f"{where} cannot be read ({type(root).__name__}: {_first_line(root)}); see that its files are there and "
+            "can be reached, and start again, with --resume_from_checkpoint auto where there is a checkpoint"
+        ) from error
 
 
 def _root_cause(error: BaseException) -> BaseException:

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
+from moe_hf.data import corpus
+from moe_hf.data.corpus import load_or_train_tokenizer, train_tokenizer, write_corpus
 from moe_hf.errors import DataError
-from moe_hf.training import corpus
-from moe_hf.training.corpus import load_or_train_tokenizer, train_tokenizer, write_corpus
 
 NASTY = "def f(x):\n\treturn  x , 'é√ 日本 🦜' # \x00\r\n    pass  \n"
 
