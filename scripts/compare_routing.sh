@@ -5,7 +5,8 @@
 #   bash scripts/compare_routing.sh                          six methods
 #   bash scripts/compare_routing.sh aux_loss_sequence none   those that are named
 #
-# Runs on all local accelerators, or in two CPU processes where there is none. STEPS=50 makes it shorter.
+# Runs on all local accelerators, or in two CPU processes where there is none. STEPS=50 makes it shorter, OUTPUT=… names
+# another folder.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
@@ -29,7 +30,7 @@ for method in "${methods[@]}"; do
     fi
 done
 
-folder=runs/compare_routing
+folder=${OUTPUT:-runs/compare_routing}
 choose_devices
 
 runs=()

@@ -4,11 +4,12 @@
 #
 #   bash scripts/quickstart.sh
 #
-# Runs on all local accelerators, or in two CPU processes where there is none. STEPS=50 makes it shorter.
+# Runs on all local accelerators, or in two CPU processes where there is none. STEPS=50 makes it shorter, OUTPUT=… names
+# another folder for the run.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
-output_dir=runs/quickstart
+output_dir=${OUTPUT:-runs/quickstart}
 choose_devices
 
 echo "1/3 Training the preset 'quickstart' in $processes processes: ZeRO-3, expert parallelism."

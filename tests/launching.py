@@ -84,3 +84,22 @@ def run_cases(num_ranks: int, cases: list[dict], folder: Path, timeout: int = 90
     done = deepspeed(num_ranks, worker, path, folder, timeout=timeout)
     printed = f"{done.stdout[-3000:]}{done.stderr[-6000:]}"
     assert done.returncode == 0, f"{num_ranks} ranks ended with {done.returncode}\n{printed}"
+
+
+def run_script(script: str, *words: str | Path, timeout: int = 1800, **variables: str) -> subprocess.CompletedProcess:
+    """Run a launch script to its end, without accelerators."""
+    with subprocess.Popen(
+        ["bash", f"scripts/{script}", *map(str, words)],
+        cwd=ROOT,
+        env={**environment(), "LAUNCH_PYTHON": sys.executable, "MASTER_PORT": str(free_port()), **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)

@@ -6,7 +6,6 @@ A recipe of eight or sixteen ranks takes minutes on two cores: --slow runs those
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, environment, free_port
+from launching import ROOT, environment, run_script
 
 from moe_hf import MoEConfig, MoEForCausalLM
 from moe_hf.checkpoint.manifest import is_whole, read_manifest
@@ -74,25 +73,6 @@ RECIPES = [
     Recipe("train_70b_16gpu.sh", "xlarge-70b", ranks=16, per_machine=8, ep_size=8, zero=3),
 ]
 EACH = [pytest.param(r, id=r.script, marks=[pytest.mark.slow] * (r.ranks > 4)) for r in RECIPES]
-
-
-def run_script(script: str, *words: str | Path, timeout: int = 1800, **variables: str) -> subprocess.CompletedProcess:
-    """Run a launch script to its end, without accelerators."""
-    with subprocess.Popen(
-        ["bash", f"scripts/{script}", *map(str, words)],
-        cwd=ROOT,
-        env={**environment(), "LAUNCH_PYTHON": sys.executable, "MASTER_PORT": str(free_port()), **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=timeout)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def logged(folder: Path) -> list[dict]:
@@ -172,18 +152,19 @@ def test_documented_memory_follows_from_the_preset(recipe):
     assert sum(on_gpu) + kept < 60e9  # of 80: the rest is for what is computed with, and for the step
 
 
-def test_comparison_of_dense_and_sparse_runs(tmp_path):
-    done = run_script("compare_dense_moe.sh", "5m", SMOKE="1")
+@pytest.mark.parametrize("size", ["5m", *(pytest.param(s, marks=pytest.mark.slow) for s in ("40m", "124m", "350m"))])
+def test_comparison_of_dense_and_sparse_runs(size):
+    done = run_script("compare_dense_moe.sh", size, SMOKE="1")
     assert done.returncode == 0, f"{done.stdout[-2000:]}{done.stderr[-5000:]}"
     for family, ep_size in (("gpt", 0), ("moe", 2)):
-        folder = ROOT / "runs" / "smoke" / f"{family}-5m"
+        folder = ROOT / "runs" / "smoke" / f"{family}-{size}"
         assert [entry["step"] for entry in logged(folder)] == [1, 2, 3]
         for entry in logged(folder):
             router_losses = 0.01 * entry.get("aux_loss", 0) + 0.001 * entry.get("z_loss", 0)
             assert entry["loss"] == pytest.approx(entry["ce_loss"] + router_losses, rel=1e-4)
-        twin = MoEConfig(**scaled_down(read_preset(f"{family}-5m")))
+        twin = MoEConfig(**scaled_down(read_preset(f"{family}-{size}")))
         assert MoEConfig.from_pretrained(folder / "hf").num_experts == twin.num_experts == (8 if ep_size else 0)
-        assert re.search(rf"{family}-5m\s.*\d", done.stdout), done.stdout[-3000:]
+        assert re.search(rf"{family}-{size}\s.*\d", done.stdout), done.stdout[-3000:]
     assert list((ROOT / "runs" / "smoke" / "report").glob("*.html"))
     assert list((ROOT / "runs" / "smoke" / "report").rglob("*.png"))
 
