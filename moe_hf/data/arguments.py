@@ -22,6 +22,8 @@ from .tokenized_folder import check_shards, read_record
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 """File extension to the `datasets` builder that reads it."""
 
+DEFAULT_SHUFFLE_BUFFER = 1000
+
 PACKINGS = ("blocks", "documents", "pad")
 
 _FLAGS_OF_TOKENIZED_DATA = {
@@ -34,7 +36,6 @@ _FLAGS_OF_TOKENIZED_DATA = {
     "packing",
     "max_train_samples",
     "max_eval_samples",
-    "streaming_shuffle_buffer",
 }
 
 
@@ -61,7 +62,7 @@ class DataArguments:
     )
     streaming: bool = field(default=False, metadata={"help": "Read while training instead of preparing all data."})
     streaming_shuffle_buffer: int = field(
-        default=1000,
+        default=DEFAULT_SHUFFLE_BUFFER,
         metadata={"help": "Documents of a streamed training set that are shuffled together; 0 keeps its order."},
     )
     streaming_partitions: int | None = field(
@@ -220,6 +221,9 @@ def _check_streaming(data_args: DataArguments) -> None:
     if not data_args.streaming and data_args.streaming_partitions is not None:
         value = data_args.streaming_partitions
         raise DataError(f"streaming_partitions={value} has no effect without streaming; add it or leave this out")
+    if not data_args.streaming and data_args.streaming_shuffle_buffer != DEFAULT_SHUFFLE_BUFFER:
+        value = data_args.streaming_shuffle_buffer
+        raise DataError(f"streaming_shuffle_buffer={value} has no effect without streaming; add it or leave this out")
     if data_args.streaming and data_args.max_train_samples is not None:
         raise DataError(
             f"max_train_samples={data_args.max_train_samples} does not go with streaming, which reads no more than "

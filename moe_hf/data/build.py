@@ -145,8 +145,11 @@ class _Builder:
                 parts.append(self._prepared([one]))
         if not parts:
             return None
-        rows = datasets.concatenate_datasets(parts)
-        return rows if limit is None else rows.take(min(limit, len(rows)))
+        if limit is not None:
+            # Of each source as many, as far as it has them.
+            shares = [limit // len(parts) + (i < limit % len(parts)) for i in range(len(parts))]
+            parts = [rows.take(min(share, len(rows))) for rows, share in zip(parts, shares, strict=True)]
+        return datasets.concatenate_datasets(parts)
 
     def _prepared(self, loaded: _Loaded) -> Dataset:
         return prepare_splits(

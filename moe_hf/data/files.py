@@ -19,18 +19,8 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import DataError
-from .arguments import DataArguments, builder_of, check_data_arguments, find_bad_line, is_url, resolve_files
+from .arguments import DataArguments, builder_of, find_bad_line, is_url, resolve_files
 from .corpus import write_corpus
-
-__all__ = [
-    "RawSplit",
-    "check_data_arguments",
-    "explain_files",
-    "explained",
-    "load_raw_splits",
-    "reading",
-    "resolve_text_column",
-]
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 

@@ -86,12 +86,20 @@ def are_tokenized(splits: Sequence[RawSplit]) -> bool:
     """Tell whether rows hold token ids already.
 
     Raises:
-        DataError: Those of some splits do, and of others not.
+        DataError: Those of some splits do, and of others not, or they have unequal columns.
     """
     tokenized = ["input_ids" in split.column_types for split in splits]
     if any(tokenized) and not all(tokenized):
         with_text, with_ids = splits[tokenized.index(False)], splits[tokenized.index(True)]
         raise DataError(f"{with_ids.where} holds input_ids and {with_text.where} holds text; mix sources of one kind")
+    if all(tokenized):
+        first, *others = [(split.where, model_columns(split)) for split in splits]
+        for where, columns in others:
+            if columns != first[1]:
+                raise DataError(
+                    f"{first[0]} has the columns {', '.join(first[1])} and {where} {', '.join(columns)}; mix sources "
+                    "with the same columns"
+                )
     return all(tokenized)
 
 

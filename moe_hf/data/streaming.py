@@ -119,6 +119,7 @@ class TokenStream(IterableDataset):
             "streaming_shuffle_buffer": self._options.shuffle_buffer,
             # Without folders: data may be moved.
             "sources": [_name_of(s.split) for s in self._sources],
+            "rows held out": [s.split.first_row for s in self._sources],
         } | self._cutter.describe()
 
     def check_start(self) -> None:

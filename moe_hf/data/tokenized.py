@@ -24,7 +24,7 @@ class TokenizedDataset(torch.utils.data.Dataset):
     """The rows of one split of a folder that `moe-hf tokenize` has written.
 
     A row is a dict of `input_ids` and, when it is cut by document, `position_ids` and `labels`: `np.ndarray` of shape
-    `(block_size,)` and dtype int64, see `packing.prepare_split`. Opened files are left out when it is pickled, and
+    `(block_size,)` and dtype int64, see `packing.prepare_splits`. Opened files are left out when it is pickled, and
     pages that processes of one machine read are in its memory once.
 
     Args:

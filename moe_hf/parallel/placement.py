@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 
-from moe_hf.parallel.deepspeed_config import Config, expert_parallel_size
-from moe_hf.parallel.processes import rank
+from .deepspeed_config import Config, expert_parallel_size
+from .processes import rank
 
 logger = logging.getLogger(__name__)
 

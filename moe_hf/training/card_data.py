@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..checkpoint.model_card import TrainingData
 from ..data.arguments import DataArguments, resolve_files
+from ..data.files import STREAM_PROBE_ROWS
 from ..data.mixture_file import sources_of
 from ..data.tokenized_folder import read_record
 
@@ -58,9 +59,13 @@ def _evaluation(data_args: DataArguments) -> str:
         return _files(data_args.validation_file, "validation_file")
     if data_args.tokenized_data is not None:
         return f"validation split of `{Path(data_args.tokenized_data).name}`"
+    if data_args.dataset_mixture is not None:
+        return "held-out rows of every source"
     if data_args.dataset_name is not None:
         return f"held-out part of `{Path(data_args.dataset_name).name}`"
-    if data_args.train_file is not None or data_args.dataset_mixture is not None:
+    if data_args.train_file is not None and data_args.streaming:
+        return f"{data_args.validation_split_percentage} % of the first {STREAM_PROBE_ROWS:,} rows, held out"
+    if data_args.train_file is not None:
         return f"{data_args.validation_split_percentage} % of the training data, held out"
     return "every twentieth file of the embedded corpus, held out"
 

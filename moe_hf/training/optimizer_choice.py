@@ -9,6 +9,7 @@ from ..parallel.deepspeed_config import lookup
 
 # Implementations of AdamW whose states have the same names, shapes and dtype, and with them each other's checkpoints.
 _ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw", "adam")
+_DEFAULT = "adamw_torch_fused"
 _ADAMW_8BIT = ("adamw_8bit", "adamw_bnb_8bit")
 
 # Their states are tensor subclasses of torchao, which DeepSpeed neither flattens nor saves.
@@ -23,9 +24,14 @@ def optimizer_family(args: argparse.Namespace, deepspeed_json: dict | None = Non
         deepspeed_json: of the run, `None` without DeepSpeed; its `optimizer` section comes before the flag.
 
     Raises:
-        ConfigError: an optimizer that does not run here.
+        ConfigError: an optimizer that does not run here, or two of them.
     """
-    name = str(lookup(deepspeed_json or {}, "optimizer.type", args.optim)).lower()
+    of_json = lookup(deepspeed_json or {}, "optimizer.type", None)
+    if of_json is not None and args.optim != _DEFAULT:
+        raise ConfigError(
+            f"--optim {args.optim} has no effect beside optimizer.type={of_json} in the DeepSpeed JSON; leave one out."
+        )
+    name = str(of_json or args.optim).lower()
     if name in _ADAMW:
         return "adamw"
     if name.startswith("paged_") and not torch.cuda.is_available():

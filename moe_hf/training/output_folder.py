@@ -12,9 +12,10 @@ from ..errors import ConfigError
 from ..parallel.processes import raise_together
 from .telemetry.images import IMAGES_NAME
 from .telemetry.jsonlines import METRICS_NAME
+from .telemetry.profiler import PROFILE_NAME
 
 _LEFT_BY_A_RUN = re.compile(
-    rf"checkpoint-\d+|\.checkpoint-\d+\.(incomplete|replaced)|{EXPORT_NAME}|{re.escape(METRICS_NAME)}|{IMAGES_NAME}"
+    rf"checkpoint-\d+|\.checkpoint-\d+\.(incomplete|replaced)|{EXPORT_NAME}|{re.escape(METRICS_NAME)}|{IMAGES_NAME}|{PROFILE_NAME}"
     r"|trainer_state\.json|(train|eval|all)_results\.json"
 )
 

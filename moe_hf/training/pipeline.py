@@ -15,11 +15,10 @@ from transformers.utils import logging
 from ..checkpoint.manifest import EXPORT_NAME
 from ..checkpoint.topology import Topology
 from ..configuration_moe import MoEConfig
-from ..data.arguments import DataArguments
+from ..data.arguments import DataArguments, check_data_arguments
 from ..data.build import build_datasets, resolve_block_size
 from ..data.collator import CausalLMCollator
 from ..data.corpus import load_or_train_tokenizer
-from ..data.files import check_data_arguments
 from ..data.streaming import TokenStream
 from ..data.tokenized_folder import TOKENIZER_NAME
 from ..errors import ConfigError, DataError, UserError
@@ -50,7 +49,7 @@ from .output_folder import RemoveEarlierRun, check_output_folder
 from .precision_arguments import has_fp16
 from .resuming import ResumeChoice
 from .router_optimizer import router_grouping
-from .schedule import check_schedule
+from .schedule_checks import check_schedule
 from .stream_training import check_streaming, lay_out
 from .trainer import MoETrainer
 from .vocabulary import never_generate_padding, pad_vocabulary

@@ -17,7 +17,9 @@ PRESETS = {path.stem for path in (ROOT / "moe_hf" / "presets").glob("*.json")}
 FIELDS = {field.name for field in fields(MoEConfig)}
 ENDS_OF_COMMAND = {"|", "||", "&&", ";", "&", ">", ">>", "2>"}
 # Folders whose files are named by their path from the root, or from the package.
-FOLDERS = "moe_hf|scripts|docs|ds_configs|tests|parallel|training|checkpoint|commands|reporting|unit|distributed|fault"
+FOLDERS = (
+    "moe_hf|scripts|docs|ds_configs|tests|parallel|training|data|checkpoint|commands|reporting|unit|distributed|fault"
+)
 PATH = re.compile(rf"(?<![\w/])(?:{FOLDERS})/[\w./-]+\.(?:py|sh|json|md|yaml|jinja)")
 
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from ...errors import ConfigError
 from ...parallel.processes import rank
 
-FOLDER = "profile"
+PROFILE_NAME = "profile"
 # Of the table that is printed.
 _NUM_OPERATORS = 12
 
@@ -45,7 +45,7 @@ class StepProfiler(TrainerCallback):
 
     def __init__(self, steps: range, output_dir: str) -> None:
         self._steps = steps
-        self._path = Path(output_dir) / FOLDER / f"rank{rank()}.json.gz"
+        self._path = Path(output_dir) / PROFILE_NAME / f"rank{rank()}.json.gz"
         self._profile: profile | None = None
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:

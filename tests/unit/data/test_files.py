@@ -10,8 +10,8 @@ from datasets import Dataset, DatasetDict
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
-from moe_hf.data.arguments import DataArguments
-from moe_hf.data.files import check_data_arguments, load_raw_splits, resolve_text_column
+from moe_hf.data.arguments import DataArguments, check_data_arguments
+from moe_hf.data.files import load_raw_splits, resolve_text_column
 from moe_hf.errors import DataError
 
 DOCUMENTS = ["first document", 'second, with "quotes" and a comma', "dritter: äöü 🦜"]
@@ -301,3 +301,11 @@ def test_full_disk_is_not_blamed_on_the_data(write, load, monkeypatch):
     monkeypatch.setattr(Dataset, "from_json", fail)
     with pytest.raises(OSError, match="No space left"):
         load(train_file=write("a.jsonl", ["a"]))
+
+
+@pytest.mark.parametrize("flags", [{"streaming_shuffle_buffer": 5}, {"streaming_partitions": 2}])
+def test_flags_of_streams_are_refused_without_one(flags, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    (name,) = flags
+    with pytest.raises(DataError, match=f"{name}={flags[name]} has no effect without streaming"):
+        check_data_arguments(DataArguments(train_file=str(tmp_path / "a.jsonl"), **flags))

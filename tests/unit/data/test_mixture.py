@@ -140,6 +140,9 @@ def test_validation_rows_come_from_every_source_once(streaming, sources, tmp_pat
     first_file = 10 if streaming else 30  # of a stream it is a part of the first file
     assert held_out == [*range(first_file), *range(1000, 1006), *range(2000, 2002 if streaming else 2004)]
     assert not set(held_out) & {number_of(row["input_ids"]) for row in islice(train, 1500)}
+    limited = {"do_eval": True, "validation_split_percentage": 10, "streaming": streaming, "max_eval_samples": 5}
+    _, validation = build(tmp_path, entries, **limited)
+    assert [number_of(row["input_ids"]) for row in validation] == [0, 1, 1000, 1001, 2000]
     own = write_files(tmp_path / "own", [5], first=3000)
     train, validation = build(
         tmp_path, entries, do_eval=True, validation_split_percentage=10, validation_file=own, streaming=streaming
@@ -165,6 +168,18 @@ def test_text_and_token_ids_do_not_mix(sources, tmp_path):
     entries = [{"train_file": path, "weight": 1} for path in (sources[0], str(tmp_path / "ids.jsonl"))]
     for streaming in (False, True):
         with pytest.raises(DataError, match=r"holds input_ids and the training data .* holds text; mix sources of one"):
+            build(tmp_path, entries, streaming=streaming)
+
+
+def test_token_ids_with_and_without_labels_do_not_mix(tmp_path):
+    plain, labelled = {"input_ids": [30, 31]}, {"input_ids": [30, 31], "labels": [-100, 31]}
+    for name, row in {"plain": plain, "labelled": labelled}.items():
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 40)
+    entries = [{"train_file": str(tmp_path / f"{name}.jsonl"), "weight": 1} for name in ("plain", "labelled")]
+    for streaming in (False, True):
+        with pytest.raises(
+            DataError, match=r"has the columns input_ids and .* input_ids, labels; mix sources with the"
+        ):
             build(tmp_path, entries, streaming=streaming)
 
 

@@ -15,8 +15,11 @@ from moe_hf.errors import CheckpointError, ConfigError
 
 @pytest.fixture
 def build(tmp_path):
-    def build_stream(rank: int = 0, world_size: int = 2, counts=(9, 8, 7, 6), packing="documents", **options):
-        source = source_of(tmp_path, write_files(tmp_path / "files", list(counts)), packing=packing)
+    def build_stream(
+        rank: int = 0, world_size: int = 2, counts=(9, 8, 7, 6), packing="documents", held_out=0, **options
+    ):
+        pattern, flags = write_files(tmp_path / "files", list(counts)), {"validation_split_percentage": held_out}
+        source = source_of(tmp_path, pattern, packing=packing, **flags)
         stream = stream_of(tmp_path, [source], packing, **({"seed": 5, "shuffle_buffer": 4} | options))
         stream.set_layout(4, rank, world_size)
         return stream
@@ -64,6 +67,7 @@ def test_one_process_goes_on_for_two(checkpoint, build):
     [
         ({"seed": 6}, "seed=5, and now it is 6"),
         ({"shuffle_buffer": 5}, "streaming_shuffle_buffer=4, and now it is 5"),
+        ({"held_out": 20}, r"rows held out=\[0\], and now it is \[1\]"),
         ({"packing": "blocks"}, "packing=documents, and now it is blocks"),
         (
             {"counts": (9, 8, 7)},

@@ -314,6 +314,8 @@ def test_data_are_described_without_paths(tmp_path):
     one = describe_data(DataArguments(train_file=str(tmp_path / "a.jsonl")), 64, do_eval=True)
     assert (one.training, one.evaluation) == ("`a.jsonl`", "5 % of the training data, held out")
     assert (one.rows, one.dataset) == ("packing blocks, at most 64 tokens", None)
+    stream = DataArguments(train_file=str(tmp_path / "a.jsonl"), streaming=True)
+    assert describe_data(stream, 64, do_eval=True).evaluation == "5 % of the first 5,000 rows, held out"
     many = DataArguments(train_file=str(tmp_path / "*.jsonl"), max_train_samples=1200, packing="pad")
     described = describe_data(many, 64, do_eval=False)
     assert described.training == "2 files, `a.jsonl` to `b.jsonl`, at most 1,200 rows"

@@ -107,7 +107,7 @@ def test_fused_adamw_is_the_default_and_the_same_as_the_plain_one(folder, no_sta
         ("adamw_8bit", None, "adamw_8bit"),
         ("adamw_bnb_8bit", {}, "adamw_8bit"),
         ("adamw_torch_8bit", None, "adamw_torch_8bit"),
-        ("adamw_torch", MUON, "muon"),
+        ("adamw_torch_fused", MUON, "muon"),
         ("lion_8bit", None, "lion_8bit"),
     ],
 )
@@ -120,6 +120,8 @@ def test_optimizers_that_cannot_run_are_refused():
         optimizer_family(argparse.Namespace(optim="paged_adamw_8bit"))
     with pytest.raises(ConfigError, match="DeepSpeed cannot shard"):
         optimizer_family(argparse.Namespace(optim="adamw_torch_8bit"), {})
+    with pytest.raises(ConfigError, match=r"--optim lion_8bit has no effect beside optimizer\.type=AdamW"):
+        optimizer_family(argparse.Namespace(optim="lion_8bit"), {"optimizer": {"type": "AdamW"}})
 
 
 def test_states_of_another_optimizer_or_layout_are_refused():

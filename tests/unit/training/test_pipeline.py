@@ -562,9 +562,11 @@ def test_overwriting_deletes_what_a_run_leaves_and_nothing_else(lab):
     for path in mine:
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
+    (folder / "profile").mkdir()
+    (folder / "profile" / "rank3.json.gz").touch()
     AcceleratorState._reset_state(reset_partial_state=True)
     lab.train("replaced", max_steps=1, overwrite_output_dir=True)
-    assert all(path.is_file() for path in mine)
+    assert all(path.is_file() for path in mine) and not (folder / "profile").exists()
     # The run before was evaluated; this one was not.
     assert not (folder / "eval_results.json").exists()
     assert "eval_loss" not in json.loads((folder / "all_results.json").read_text())
