@@ -1,6 +1,6 @@
 """8 bits, other optimizers and their states: what two processes do with them is what one process does.
 
-One launch of two ranks runs all cells; a second one resumes two of them.
+One launch of two ranks runs all cells; with --slow there are more, and a second one resumes three of them.
 """
 
 import itertools
@@ -39,6 +39,22 @@ DECAY = {
 }
 WORKER = ROOT / "tests" / "distributed" / "precision_worker.py"
 RESUMED = ("8bit_zero2_ep", "8bit_zero3_ep", "muon_zero2_ep")
+# What others show as well; run with --slow, as what is resumed is.
+SLOW = {
+    "fp8_zero2_ep",
+    "fp8_zero3",
+    "fp8_checkpointing",
+    "8bit_zero2_ep",
+    "muon_zero1_ep",
+    "muon_zero2",
+    "muon_zero3_ep",
+}
+
+
+def each(prefix: str, layouts: tuple[str, ...]) -> pytest.MarkDecorator:
+    """Return what runs a test for every one of these layouts, for slow ones if asked."""
+    marks = {True: pytest.mark.slow, False: ()}
+    return pytest.mark.parametrize("layout", [pytest.param(x, marks=marks[f"{prefix}_{x}" in SLOW]) for x in layouts])
 
 
 def muon_json(zero: int, ep: int | None) -> dict:
@@ -53,11 +69,14 @@ def muon_json(zero: int, ep: int | None) -> dict:
 
 
 @pytest.fixture(scope="module")
-def lab(small_model, rows_file, tmp_path_factory) -> Path:
+def lab(request, small_model, rows_file, tmp_path_factory) -> Path:
     """Folder with the output of every cell, and in `results` what the worker has recorded of it."""
     folder, cases = tmp_path_factory.mktemp("precision"), []
+    all_cells = request.config.getoption("--slow")
 
     def add(name: str, config: dict, **changes) -> None:
+        if name in SLOW and not all_cells:
+            return
         path = folder / f"{name}.json"
         path.write_text(json.dumps(config))
         words = {"model_name_or_path": small_model, "train_file": rows_file, "output_dir": folder / name}
@@ -82,8 +101,9 @@ def lab(small_model, rows_file, tmp_path_factory) -> Path:
         # Compiling Muon's few matrix products would take longer than everything else here.
         patch.setenv("TORCHDYNAMO_DISABLE", "1")
         run_cases(2, cases, folder / "results", worker=WORKER)
-        again = [resumed(folder, case) for case in cases if case["name"] in RESUMED]
-        run_cases(2, again, folder / "results", worker=WORKER)
+        if all_cells:
+            again = [resumed(folder, case) for case in cases if case["name"] in RESUMED]
+            run_cases(2, again, folder / "results", worker=WORKER)
     return folder
 
 
@@ -191,7 +211,7 @@ def largest_error(values: Iterable[float], expected: Iterable[float]) -> float:
     return max(abs(value / wanted - 1) for value, wanted in zip(values, expected, strict=True))
 
 
-@pytest.mark.parametrize("layout", OF_FLOAT8)
+@each("fp8", OF_FLOAT8)
 def test_float8_under_zero_and_expert_parallelism_is_that_of_one_process(lab, reference, layout):
     """The converted layers themselves are compared with their formula in `unit/training/test_float8.py`."""
     assert largest_error(losses(lab, f"fp8_{layout}"), reference("fp8").losses) < FLOAT8_TOLERANCE
@@ -206,6 +226,7 @@ def test_float8_makes_other_losses_than_16_bits(lab, small_model, rows, referenc
     assert abs(first / bf16.losses[0] - 1) > 1e-4
 
 
+@pytest.mark.slow
 def test_float8_recomputes_what_it_has_computed(lab):
     assert losses(lab, "fp8_checkpointing") == losses(lab, "fp8_zero3_ep")
 
@@ -217,14 +238,14 @@ def test_float8_exports_an_ordinary_model(lab, small_model):
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
-@pytest.mark.parametrize("layout", OF_8BIT)
+@each("8bit", OF_8BIT)
 def test_8bit_adamw_learns_like_adamw(lab, reference, layout):
     name = f"8bit_{layout}"
     assert largest_error(losses(lab, name), reference("adamw").losses) < 1e-3
     assert losses(lab, name) != pytest.approx(reference("adamw").losses, rel=1e-7)
 
 
-@pytest.mark.parametrize("layout", OF_MUON)
+@each("muon", OF_MUON)
 def test_muon_makes_the_steps_of_its_definition(lab, reference, small_model, layout):
     expected, (of_losses, of_way) = reference("muon", layout.endswith("ep")), MUON_TOLERANCE
     assert largest_error(losses(lab, f"muon_{layout}"), expected.losses) < of_losses
@@ -234,6 +255,7 @@ def test_muon_makes_the_steps_of_its_definition(lab, reference, small_model, lay
         assert (tensor - expected.weights[name]).norm() < of_way * way.norm(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_ends_as_the_whole_one(lab, name):
     assert losses(lab, f"resumed_{name}") == losses(lab, name)

@@ -21,15 +21,20 @@ CASES = {
     "zero3-ep2": (3, 2, {"profile_steps": "3:5"}),
     "zero3-checkpointed": (3, None, {"gradient_checkpointing": True}),
 }
+# The others add little to it; run with --slow.
+ALWAYS = "zero3-ep2"
+EACH = [pytest.param(name, marks=() if name == ALWAYS else pytest.mark.slow) for name in CASES]
 RECIPE = recipe([], accumulation=2)
 
 
 @pytest.fixture(scope="module")
-def folder(small_model, rows_file, tmp_path_factory) -> Path:
+def folder(request, small_model, rows_file, tmp_path_factory) -> Path:
     """Where the cases have left `NAME/` and `results/NAME/`."""
     folder = tmp_path_factory.mktemp("speed")
     lines = []
     for name, (stage, ep, changes) in CASES.items():
+        if name != ALWAYS and not request.config.getoption("--slow"):
+            continue
         path = folder / f"{name}.json"
         path.write_text(json.dumps(deepspeed_json(stage, ep)))
         words = flags(
@@ -56,7 +61,7 @@ def expected(small_model, rows) -> oracle.Trajectory:
     return oracle.train(MoEForCausalLM.from_pretrained(small_model).train(), replace(RECIPE, rows=rows))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EACH)
 def test_compiled_runs_equal_one_process(name, folder, expected):
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
@@ -71,14 +76,14 @@ def test_compiled_runs_equal_one_process(name, folder, expected):
         assert (tensor - expected.weights[key]).norm() <= 1e-5 * expected.weights[key].norm(), key
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EACH)
 def test_every_rank_compiled_each_region_once(name, folder):
     """Norms, dense MLPs, shared experts and projections, in training and in evaluation: not by layer, not by length."""
     for stats in json.loads((folder / "results" / name / "compiler.json").read_text()):
         assert stats == {"unique_graphs": 8, "graph_breaks": 0}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EACH)
 def test_the_export_of_a_compiled_run_is_the_live_model(name, folder):
     live = torch.load(folder / "results" / name / "live.pt")
     weights = load_file(folder / name / "hf" / "model.safetensors")

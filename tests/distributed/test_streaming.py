@@ -19,8 +19,8 @@ EPOCH = 6
 class Lab:
     """Runs each launch once, when its first result is asked for."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
-        self._folder, self._model = folder, model
+    def __init__(self, folder: Path, model: Path, with_four: bool) -> None:
+        self._folder, self._model, self._with_four = folder, model, with_four
         self._launched: set[int] = set()
         self._text = write_files(folder / "files", FILES)
         mixture = [
@@ -65,7 +65,6 @@ class Lab:
             resumed = self.words("four_resumed", resume_from_checkpoint=self.checkpoint("four"))
             cases = [self.words("four"), resumed]
         else:
-            self.launch(4)
             mixed = {
                 "train_file": None,
                 "dataset_mixture": self._folder / "mixture.json",
@@ -75,11 +74,13 @@ class Lab:
             twice = {"per_device_train_batch_size": 2}
             cases = [
                 self.words("two", streaming_partitions=4, **twice),
-                self.words("two_from_four", resume_from_checkpoint=self.checkpoint("four"), **twice),
                 self.words("mixed", **mixed),
                 self.words("mixed_resumed", resume_from_checkpoint=self.checkpoint("mixed"), **mixed),
-                self.words("stored", resume_from_checkpoint=self.checkpoint("four"), streaming=None, **twice),
             ]
+            if self._with_four:
+                self.launch(4)
+                of_four = twice | {"resume_from_checkpoint": self.checkpoint("four")}
+                cases += [self.words("two_from_four", **of_four), self.words("stored", streaming=None, **of_four)]
         run_cases(ranks, cases, self._folder, worker=STREAMING_WORKER)
 
     def results(self, name: str, ranks: int) -> list[dict]:
@@ -95,11 +96,15 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, small_model) -> Lab:
-    return Lab(tmp_path_factory.mktemp("streams"), small_model)
+def lab(request, tmp_path_factory, small_model) -> Lab:
+    return Lab(tmp_path_factory.mktemp("streams"), small_model, request.config.getoption("--slow"))
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("four", 4), ("two", 2)])
+# Four processes on two cores take minutes.
+FOUR = pytest.param("four", 4, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "ranks"), [FOUR, ("two", 2)])
 def test_no_two_ranks_see_the_same_document_in_an_epoch(name, ranks, lab):
     seen = lab.documents(name, ranks)
     length = EPOCH * 4 // ranks
@@ -110,7 +115,7 @@ def test_no_two_ranks_see_the_same_document_in_an_epoch(name, ranks, lab):
     assert [own[:length] for own in seen] != [own[length:] for own in seen], "both epochs have one order"
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("four", 4), ("mixed", 2)])
+@pytest.mark.parametrize(("name", "ranks"), [FOUR, ("mixed", 2)])
 def test_resumed_run_reads_exactly_the_next_rows(name, ranks, lab):
     whole, resumed = lab.results(name, ranks), lab.results(f"{name}_resumed", ranks)
     for rank in range(ranks):
@@ -120,6 +125,7 @@ def test_resumed_run_reads_exactly_the_next_rows(name, ranks, lab):
             assert loss == whole[rank]["losses"][step]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["two", "two_from_four"])
 def test_half_as_many_ranks_train_on_the_same_rows_at_each_step(name, lab):
     """`two` from the beginning, `two_from_four` after the checkpoint of four ranks."""
@@ -136,6 +142,7 @@ def test_half_as_many_ranks_train_on_the_same_rows_at_each_step(name, lab):
         assert loss == pytest.approx(others[step], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_place_in_a_stream_means_nothing_to_stored_data(lab):
     for result in lab.results("stored", 2):
         assert "was reading a stream, and its place means nothing to stored data" in result["error"]
