@@ -83,7 +83,10 @@ class Cell:
 
     @property
     def is_slow(self) -> bool:
-        """Of four processes those run always that show what two cannot: replicas of experts, and experts over four."""
+        """Always run what no other cell shows; of four processes, replicas of experts and experts over four."""
+        if self.ranks == 2:
+            plain = self.routing == "softmax" and self.zero in (1, 2) and self.ep != 2
+            return plain and (self.accumulation == 1 or (self.dtype == "bf16" and self.zero == 1))
         shown_by_four = self.accumulation == 2 and self.zero >= 2 and self.ep != 1
         return self.ranks == 4 and (not shown_by_four or (self.dtype == "bf16" and (self.zero, self.ep) != (3, 4)))
 
