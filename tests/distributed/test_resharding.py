@@ -71,7 +71,6 @@ SLOW_SOURCES = {
     Layout(4, 3, 2, "bf16"),
     Layout(2, 3, None, routers="own"),
     Layout(2, 1, 2, routers="frozen"),
-    Layout(2, 3, 2, routers="frozen"),
     Layout(2, 2, 2, routing="sigmoid", routers="frozen"),
     Layout(2, 0, None, "bf16", routers="own"),
     Layout(2, 0, None, routers="frozen"),
