@@ -80,7 +80,8 @@ class Lab:
             if self._with_four:
                 self.launch(4)
                 of_four = twice | {"resume_from_checkpoint": self.checkpoint("four")}
-                cases += [self.words("two_from_four", **of_four), self.words("stored", streaming=None, **of_four)]
+                stored = of_four | {"streaming": None, "streaming_shuffle_buffer": None}
+                cases += [self.words("two_from_four", **of_four), self.words("stored", **stored)]
         run_cases(ranks, cases, self._folder, worker=STREAMING_WORKER)
 
     def results(self, name: str, ranks: int) -> list[dict]:

@@ -56,9 +56,8 @@ def build(tmp_path: Path, tokenizer):
             path.write_bytes(content)
         defaults = {
             "validation_split_percentage": 0,
-            "streaming_shuffle_buffer": 0,
             "cache_dir": str(tmp_path / "cache"),
-        }
+        } | ({"streaming_shuffle_buffer": 0} if kwargs.get("streaming") else {})
         data_args = DataArguments(train_file=str(path), **(defaults | kwargs))
         train, _ = build_datasets(
             data_args, use, block_size=block_size, vocab_size=vocab_size, do_train=True, do_eval=False

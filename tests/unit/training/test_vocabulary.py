@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, GPT2Tokenizer
 
 from moe_hf import MoEConfig, MoEForCausalLM
-from moe_hf.data.arguments import DataArguments
+from moe_hf.data.arguments import DEFAULT_SHUFFLE_BUFFER, DataArguments
 from moe_hf.data.build import build_datasets
 from moe_hf.errors import ConfigError, DataError
 from moe_hf.parallel.failure import FailureRelay
@@ -90,7 +90,7 @@ def test_tokenizer_of_gpt2_packs_as_it_is(packing, streaming, gpt2, text, tmp_pa
         train_file=text,
         packing=packing,
         streaming=streaming,
-        streaming_shuffle_buffer=0,
+        streaming_shuffle_buffer=0 if streaming else DEFAULT_SHUFFLE_BUFFER,
         validation_split_percentage=0,
         cache_dir=str(tmp_path / "cache"),
     )
