@@ -85,6 +85,8 @@ class Cell:
     def is_slow(self) -> bool:
         """Always run what no other cell shows; of four processes, replicas of experts and experts over four."""
         if self.ranks == 2:
+            if self.routing in ("sequence", "local", "none") and (self.zero, self.ep) == (3, 2):
+                return True
             plain = self.routing == "softmax" and self.zero in (1, 2) and self.ep != 2
             return plain and (self.accumulation == 1 or (self.dtype == "bf16" and self.zero == 1))
         shown_by_four = self.accumulation == 2 and self.zero >= 2 and self.ep != 1

@@ -100,7 +100,9 @@ def test_what_deepspeeds_converter_writes(tmp_path, kind, run):
 
 
 @pytest.mark.parametrize("expert_parallel", [False, True])
-@pytest.mark.parametrize("run", ALL_RUNS, ids=lambda run: run.name)
+@pytest.mark.parametrize(
+    "run", [pytest.param(run, id=run.name, marks=[pytest.mark.slow] * (i % 3 > 0)) for i, run in enumerate(ALL_RUNS)]
+)
 def test_every_layout_gives_the_same_conversion(tmp_path, run, expert_parallel):
     """The names are those of the engine that resumes, whatever the layout that was saved."""
     model = live_model(loss_free(num_hidden_layers=2))

@@ -43,7 +43,7 @@ def read(loader: StreamLoader, count: int) -> list[dict]:
     return list(islice(loader, count))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2, 3])
+@pytest.mark.parametrize("num_workers", [0, 2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_each_document_is_seen_once_by_one_process(world_size, num_workers, build):
     seen = []
@@ -68,7 +68,7 @@ def test_global_batches_do_not_depend_on_the_number_of_processes(packing, build)
 
 
 @pytest.mark.parametrize("packing", ["blocks", "documents", "pad"])
-@pytest.mark.parametrize("num_workers", [0, 2, 3])
+@pytest.mark.parametrize("num_workers", [0, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_loader_goes_on_with_exactly_the_next_batches(num_workers, packing, build):
     """Through two sources, several epochs and chunks, from places of every kind."""
     few = {"packing": packing, "counts": (9, 7, 6, 8)}
