@@ -52,6 +52,9 @@ class Topology:
     dtype: str
     routers: str = "shared"
     optimizer: str = "adamw"
+    tensor_parallel_size: int = 1
+    sequence_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
 
     @property
     def has_deepspeed(self) -> bool:
@@ -62,9 +65,11 @@ class Topology:
         """Return the layout in words, such as `2 processes, ZeRO 3, EP 2, bfloat16`."""
         zero = f"ZeRO {self.zero_stage}" if self.has_deepspeed else "no DeepSpeed"
         expert = f"EP {self.expert_parallel_size}" if self.expert_parallel_size else "EP off"
+        names = {"TP": self.tensor_parallel_size, "SP": self.sequence_parallel_size, "PP": self.pipeline_parallel_size}
+        others = "".join(f", {name} {size}" for name, size in names.items() if size > 1)
         routers = {"own": ", routers in a group of their own", "frozen": ", routers frozen"}.get(self.routers, "")
         optimizer = "" if self.optimizer == "adamw" else f", {self.optimizer}"
-        return f"{self.world_size} processes, {zero}, {expert}, {self.dtype}{routers}{optimizer}"
+        return f"{self.world_size} processes, {zero}, {expert}{others}, {self.dtype}{routers}{optimizer}"
 
 
 def architecture_of(config: MoEConfig) -> dict:
@@ -88,6 +93,11 @@ def what_must_stay(saved: Topology, now: Topology) -> str | None:
         return f"the training dtype must stay {saved.dtype}"
     if saved.has_deepspeed != now.has_deepspeed:
         return "DeepSpeed must stay on" if saved.has_deepspeed else "DeepSpeed must stay off"
+    for name in ("tensor_parallel_size", "sequence_parallel_size", "pipeline_parallel_size"):
+        if getattr(saved, name) != getattr(now, name):
+            return f"{name} must stay {getattr(saved, name)}"
+        if getattr(saved, name) > 1 and needs_conversion(saved, now):
+            return f"the layout must stay, because checkpoints with {name}={getattr(saved, name)} cannot be cut anew"
     if saved.optimizer != now.optimizer:
         return f"the optimizer must stay {saved.optimizer}"
     if saved.optimizer != "adamw" and needs_conversion(saved, now):

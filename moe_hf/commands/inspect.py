@@ -10,8 +10,9 @@ Of every kind: `kind` (`"model"`, `"checkpoint"` or `"run"`), `path`, `whole` (b
 `tensors` (name: {`dtype`, `shape`}).
 
 `"checkpoint"`: `step`, `topology` ({`world_size`, `expert_parallel_size` (0: off), `zero_stage` (-1: no DeepSpeed),
-`dtype`, `routers` (`"shared"`, `"own"` or `"frozen"`: their group of the optimizer)}), `progress` (step, samples and
-skipped steps), `weights_only`, `resumable`, `size`, `files` (name: bytes), `bytes`, `checksums_verified`, `export` (a
+`dtype`, `routers` (`"shared"`, `"own"` or `"frozen"`: their group of the optimizer), `optimizer` (`"adamw"`, …),
+`tensor_parallel_size`, `sequence_parallel_size`, `pipeline_parallel_size`}), `progress` (step, samples and skipped
+steps), `weights_only`, `resumable`, `size`, `files` (name: bytes), `bytes`, `checksums_verified`, `export` (a
 `"model"` or null), and with `--tensors` `tensors` (name: {`shape`}) and `tensor_states` (what is stored of each that
 was trained: `"fp32"`, `"exp_avg"`, …). Without a readable manifest `step`, `topology`, `progress`, `weights_only` and
 `size` are null.

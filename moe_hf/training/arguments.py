@@ -13,6 +13,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from ..data.arguments import DataArguments
 from ..errors import ConfigError, UserError
 from .argument_files import EXTENSIONS, read_argument_file
+from .parallel_arguments import ParallelArguments
 from .precision_arguments import PrecisionArguments
 from .router_arguments import RouterArguments
 from .speed_arguments import SpeedArguments
@@ -51,13 +52,9 @@ class ModelArguments:
 
 
 @dataclass
-class MoETrainingArguments(RouterArguments, PrecisionArguments, SpeedArguments, TrainingArguments):
+class MoETrainingArguments(ParallelArguments, RouterArguments, PrecisionArguments, SpeedArguments, TrainingArguments):
     """`TrainingArguments` with what expert parallelism needs, and defaults that hide nothing."""
 
-    expert_parallel_size: int | None = field(
-        default=None,
-        metadata={"help": "Ranks that share one set of experts; overrides the DeepSpeed JSON. 0 switches AutoEP off."},
-    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete the checkpoints and the export of an earlier run in output_dir."}
     )

@@ -6,6 +6,7 @@ of one process has to be carried to the others.
 
 import argparse
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -26,15 +27,14 @@ from ..modeling_moe import MoEForCausalLM
 from ..parallel.build_locks import remove_stale_build_locks
 from ..parallel.deepspeed_checks import check_deepspeed_config
 from ..parallel.deepspeed_config import (
-    autoep_enabled,
     expert_parallel_size,
     read_deepspeed_json,
-    with_expert_parallel_size,
     zero_stage,
 )
 from ..parallel.deepspeed_schema import check_deepspeed_keys
 from ..parallel.engine import join_process_group
 from ..parallel.failure import FailureRelay
+from ..parallel.parallel_sizes import parallel_sizes
 from ..parallel.processes import raise_together, world_size
 from ..parallel.shared_memory import remove_shared_buffers
 from ..parallel.versions import require_supported
@@ -46,6 +46,7 @@ from .hub_push import check_hub_arguments
 from .model_config import build_config, check_weights, local_model
 from .optimizer_choice import optimizer_family
 from .output_folder import RemoveEarlierRun, check_output_folder
+from .parallel_arguments import check_deepspeed_is_there, with_flags
 from .precision_arguments import has_fp16
 from .resuming import ResumeChoice
 from .router_optimizer import router_grouping
@@ -174,11 +175,7 @@ def execute(trainer: MoETrainer) -> dict[str, float]:
 
 def _checked_deepspeed_json(namespace: argparse.Namespace, config: MoEConfig) -> dict | None:
     if namespace.deepspeed is None:
-        if namespace.expert_parallel_size:
-            raise ConfigError(
-                f"expert_parallel_size={namespace.expert_parallel_size} needs DeepSpeed; "
-                "add --deepspeed ds_configs/zero3_ep.json."
-            )
+        check_deepspeed_is_there(namespace)
         return None
     if "RANK" not in os.environ:
         raise ConfigError("--deepspeed needs several processes or one from its launcher: deepspeed run_clm_moe.py ….")
@@ -189,8 +186,7 @@ def _checked_deepspeed_json(namespace: argparse.Namespace, config: MoEConfig) ->
         raise ConfigError(str(error)) from error
     deepspeed_json = read_deepspeed_json(namespace.deepspeed)
     check_deepspeed_keys(deepspeed_json)
-    if namespace.expert_parallel_size is not None:
-        deepspeed_json = with_expert_parallel_size(deepspeed_json, namespace.expert_parallel_size)
+    deepspeed_json = with_flags(deepspeed_json, namespace)
     check_deepspeed_config(
         deepspeed_json,
         world_size=world_size(),
@@ -218,8 +214,9 @@ def _topology(namespace: argparse.Namespace, config: MoEConfig, deepspeed_json: 
     optimizer = optimizer_family(namespace, deepspeed_json)
     if deepspeed_json is None:
         return Topology(world_size(), 0, -1, dtype, routers, optimizer)
-    ep_size = expert_parallel_size(deepspeed_json) if autoep_enabled(deepspeed_json) else 0
-    return Topology(world_size(), ep_size, zero_stage(deepspeed_json), dtype, routers, optimizer)
+    sizes = {f"{name}_parallel_size": size for name, size in asdict(parallel_sizes(deepspeed_json)).items()}
+    ep_size = expert_parallel_size(deepspeed_json)
+    return Topology(world_size(), ep_size, zero_stage(deepspeed_json), dtype, routers, optimizer, **sizes)
 
 
 def _check_flags(namespace: argparse.Namespace) -> None:

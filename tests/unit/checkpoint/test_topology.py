@@ -16,6 +16,9 @@ OTHER = {
     "dtype": ("float32", "the training dtype must stay bfloat16"),
     "routers": ("own", None),
     "optimizer": ("muon", "the optimizer must stay adamw"),
+    "tensor_parallel_size": (2, "tensor_parallel_size must stay 1"),
+    "sequence_parallel_size": (2, "sequence_parallel_size must stay 1"),
+    "pipeline_parallel_size": (2, "pipeline_parallel_size must stay 1"),
 }
 # What training may change from one run to the next: losses, initial values, dropout, what generation uses.
 NOT_PART_OF_THE_MODEL = {
@@ -35,6 +38,8 @@ NOT_PART_OF_THE_MODEL = {
 def test_layouts_are_described_in_words():
     assert LAYOUT.describe() == "4 processes, ZeRO 3, EP 2, bfloat16"
     assert Topology(1, 0, -1, "float32").describe() == "1 processes, no DeepSpeed, EP off, float32"
+    shared = replace(LAYOUT, tensor_parallel_size=2, pipeline_parallel_size=4, sequence_parallel_size=2)
+    assert shared.describe() == "4 processes, ZeRO 3, EP 2, TP 2, SP 2, PP 4, bfloat16"
     assert LAYOUT.has_deepspeed and not Topology(1, 0, -1, "float32").has_deepspeed
 
 
@@ -44,6 +49,13 @@ def test_every_field_of_a_layout_counts(field):
     other = replace(LAYOUT, **{field: value})
     assert needs_conversion(LAYOUT, other) and not needs_conversion(LAYOUT, replace(LAYOUT))
     assert what_must_stay(LAYOUT, other) == words
+
+
+@pytest.mark.parametrize("name", ["tensor_parallel_size", "sequence_parallel_size", "pipeline_parallel_size"])
+def test_layouts_that_share_more_than_experts_are_not_cut_anew(name):
+    shared = replace(LAYOUT, **{name: 2})
+    assert what_must_stay(shared, replace(shared)) is None
+    assert f"checkpoints with {name}=2 cannot be cut anew" in what_must_stay(shared, replace(shared, world_size=8))
 
 
 def test_with_and_without_deepspeed():
