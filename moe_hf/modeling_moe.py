@@ -147,16 +147,23 @@ class MoERotaryEmbedding(nn.Module):
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
         self.rope_type = config.rope_parameters["rope_type"]
+        self.compute_frequencies()
+
+    def compute_frequencies(self) -> None:
+        """Compute `inv_freq` `(rotary_dim / 2,)` in float32, anew where it was rounded when it was made."""
         rope_init_fn = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
-        inv_freq, self.attention_scaling = rope_init_fn(config)
+        device = self.inv_freq.device if "inv_freq" in self._buffers else None
+        inv_freq, self.attention_scaling = rope_init_fn(self.config, device)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
     @staticmethod
-    def compute_default_rope_parameters(config: MoEConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
+    def compute_default_rope_parameters(
+        config: MoEConfig, device: torch.device | None = None, *args, **kwargs
+    ) -> tuple[torch.Tensor, float]:
         """Return `theta ** (-2i / rotary_dim)` for each rotated pair i, and the factor 1 on cosines and sines."""
         rotary_dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
-        exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float) / rotary_dim
+        exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float, device=device) / rotary_dim
         return config.rope_parameters["rope_theta"] ** -exponent, 1.0
 
     @torch.no_grad()

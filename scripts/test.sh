@@ -21,7 +21,9 @@ run_suite() {
         fi
     done
     # Tests of one process share the cores; those that start several processes have them for themselves.
-    local workers=$(( $(nproc) < 4 ? $(nproc) : 4 ))
+    local cores workers
+    cores=$(env -u OMP_NUM_THREADS nproc)  # which counts threads of OpenMP where they are set
+    workers=$(( cores < 4 ? cores : 4 ))
     "$python" -m pytest tests/unit tests/browser --numprocesses "$workers" --dist loadfile "$@" || status=$?
     "$python" -m pytest tests/distributed tests/fault tests/gpu "$@" || status=$?
     return "$status"

@@ -23,6 +23,8 @@ def prepare_for_training(
         deepspeed_config: the JSON, if there is one.
         fetched_whole: classes of modules that ZeRO-3 is to fetch as one unit, besides sparse blocks.
     """
+    # `zero.Init` rounds what is made inside it to the training dtype, and not every Transformers spares the angles.
+    model.model.rotary_emb.compute_frequencies()
     if world_size() > 1:
         model.reduce_router_statistics = sum_over_data_parallel_ranks
     if deepspeed_config is None:

@@ -17,9 +17,10 @@ import torch
 from deepspeed.runtime.zero.muon.original_muon import ns_compute_dtype
 from launching import ROOT, run_cases
 from safetensors.torch import load_file
-from small import NUM_STEPS, deepspeed_json, flags, recipe
+from small import NUM_STEPS, deepspeed_json, flags, recipe, small_config
 
-from moe_hf import MoEForCausalLM
+from moe_hf import MoEConfig, MoEForCausalLM
+from moe_hf.modeling_moe import MoERotaryEmbedding
 from moe_hf.parallel.float8 import convert_to_float8
 
 LAYOUTS = {"zero1_ep": (1, 2), "zero2": (2, None), "zero2_ep": (2, 2), "zero3": (3, None), "zero3_ep": (3, 2)}
@@ -36,6 +37,15 @@ DECAY = {
     "lr_scheduler_type": "warmup_stable_decay",
     "lr_scheduler_kwargs": '{"num_decay_steps": 2, "min_lr_ratio": 0.2}',
     "warmup_steps": 2,
+}
+# Frequencies that no 16 bits hold, divided by factors that none hold either.
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.01, 1.37, 1.91, 3.03],
+    "long_factor": [1.03, 2.01, 5.07, 9.11],
+    "original_max_position_embeddings": 64,
+    "factor": 1.0,
 }
 WORKER = ROOT / "tests" / "distributed" / "precision_worker.py"
 RESUMED = ("8bit_zero2_ep", "8bit_zero3_ep", "muon_zero2_ep")
@@ -97,6 +107,13 @@ def lab(request, small_model, rows_file, tmp_path_factory) -> Path:
     fp16 = {"fp16": True, "max_steps": FP16_STEPS, "gradient_accumulation_steps": 1}
     add("fp16", deepspeed_json(3, 2, fp16=scaling), **fp16)
     add("decay", deepspeed_json(2, 2), **DECAY)
+    config = small_config(rope_parameters=LONG_ROPE)
+    config.save_pretrained(folder / "long")
+    words = {"config_name": folder / "long" / "config.json", "tokenizer_name": small_model, "train_file": rows_file}
+    path = folder / "long.json"
+    path.write_text(json.dumps(deepspeed_json(3, None)))
+    words |= {"deepspeed": path, "output_dir": folder / "long_rope", "bf16": True, "max_steps": 1}
+    cases.append({"name": "long_rope", "argv": flags(recipe([], 2), 2, **words)})
     with pytest.MonkeyPatch.context() as patch:
         # Compiling Muon's few matrix products would take longer than everything else here.
         patch.setenv("TORCHDYNAMO_DISABLE", "1")
@@ -209,6 +226,15 @@ def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
 
 def largest_error(values: Iterable[float], expected: Iterable[float]) -> float:
     return max(abs(value / wanted - 1) for value, wanted in zip(values, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["fp8_zero3_ep", "long_rope"])
+def test_angles_are_of_32_bits_in_a_model_that_was_made_in_16(lab, name):
+    """Read and made anew under ZeRO-3, which rounds tensors as they are made."""
+    result = json.loads((lab / "results" / name / "result.json").read_text())
+    config = MoEConfig.from_pretrained(lab / name / "hf")
+    assert result["inv_freq_dtype"] == "torch.float32"
+    assert result["inv_freq"] == MoERotaryEmbedding(config).inv_freq.tolist()
 
 
 @each("fp8", OF_FLOAT8)

@@ -56,6 +56,8 @@ def record(trainer, metrics: dict, error: str | None, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         torch.save({"logits": logits, "weights": weights}, folder / "live.pt")
         result = {"log_history": trainer.state.log_history, "metrics": metrics, "error": error}
+        rotary = trainer.accelerator.unwrap_model(trainer.model).model.rotary_emb
+        result |= {"inv_freq": rotary.inv_freq.tolist(), "inv_freq_dtype": str(rotary.inv_freq.dtype)}
         (folder / "result.json").write_text(json.dumps(result | {"dispatched": dispatched}))
 
 
