@@ -63,8 +63,8 @@ def train(
     result = Trajectory()
     # As mixed precision does: the float32 weights begin as the rounded ones.
     masters = {name: parameter.data.to(dtype).float() for name, parameter in model.named_parameters()}
-    decayed = [p for n, p in model.named_parameters() if "norm" not in n]
-    plain = [p for n, p in model.named_parameters() if "norm" in n]
+    plain = [p for n, p in model.named_parameters() if "norm" in n or "bias" in n]
+    decayed = [p for n, p in model.named_parameters() if not ("norm" in n or "bias" in n)]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}],
         lr=recipe.learning_rate,

@@ -231,11 +231,12 @@ def _data_rows(data: TrainingData, num_tokens: int | None) -> dict[str, str]:
 
 
 def _recipe(args: TrainingArguments, topology: Topology | None) -> str:
+    readers = args.world_size if topology is None else topology.num_data_ranks
     text = (
         f"Learning rate {args.learning_rate}, {args.lr_scheduler_type.value} schedule, "
         f"weight decay {args.weight_decay}, "
         f"{args.per_device_train_batch_size} sequences per device × {args.gradient_accumulation_steps} "
-        f"accumulation steps × {args.world_size} processes, seed {args.seed}."
+        f"accumulation steps × {readers} processes, seed {args.seed}."
     )
     return text if topology is None else f"{text} Layout: {topology.describe()}."
 

@@ -174,7 +174,8 @@ def describe_checkpoint(
             except CheckpointError as error:
                 problems.append(str(error))
         description.checksums = checksums
-        if tensors and not description.state_problems and manifest.topology.has_deepspeed:
+        is_readable = manifest.topology.has_deepspeed and manifest.topology.tensor_parallel_size == 1
+        if tensors and not description.state_problems and is_readable:
             _read_shapes(description)
     description.export, problems = _describe_export(path / EXPORT_NAME)
     description.export_problems += problems

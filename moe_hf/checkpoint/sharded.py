@@ -35,6 +35,11 @@ class ShardedCheckpoint:
             raise CheckpointError(
                 f"{self.path} was written without DeepSpeed and has no shards; its model is {self.path / EXPORT_NAME}."
             )
+        if self.topology.tensor_parallel_size > 1:
+            raise CheckpointError(
+                f"{self.path} has matrices cut by tensor_parallel_size={self.topology.tensor_parallel_size}, which are "
+                f"put together while training only; its model, in {self.topology.dtype}, is {self.path / EXPORT_NAME}."
+            )
         self.config = _read_config(self.path)
         self._layout = open_layout(_state_folder(self.path), self.topology.zero_stage, self.topology.routers)
         self.frozen = {_hf_name(name) for name in self._layout.frozen}

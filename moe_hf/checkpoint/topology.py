@@ -61,6 +61,11 @@ class Topology:
         """Whether the state of a run lies in DeepSpeed's files; without it the weights are the export in `hf/`."""
         return self.zero_stage >= 0
 
+    @property
+    def num_data_ranks(self) -> int:
+        """How many different rows are read at a time; ranks that share matrices read the same."""
+        return self.world_size // self.tensor_parallel_size
+
     def describe(self) -> str:
         """Return the layout in words, such as `2 processes, ZeRO 3, EP 2, bfloat16`."""
         zero = f"ZeRO {self.zero_stage}" if self.has_deepspeed else "no DeepSpeed"

@@ -97,6 +97,11 @@ class TokenStream(IterableDataset):
         """The parts that this process reads."""
         return list(range(self._rank, self.num_parts, self._world_size))
 
+    @property
+    def reader(self) -> tuple[int, int]:
+        """Which of the readers this process is, and how many there are."""
+        return self._rank, self._world_size
+
     def set_layout(self, num_parts: int, rank: int, world_size: int) -> None:
         """Divide the stream into `num_parts` and say which process of how many this is.
 

@@ -22,7 +22,9 @@ from moe_hf.parallel.deepspeed_config import (
 )
 from moe_hf.parallel.deepspeed_schema import as_json, check_deepspeed_keys, check_deepspeed_values
 from moe_hf.parallel.muon import check_muon, uses_muon
+from moe_hf.parallel.parallel_sizes import ParallelSizes, parallel_sizes
 from moe_hf.parallel.placement import warn_of_groups_across_machines
+from moe_hf.parallel.tensor_parallel_checks import check_tensor_parallel_json
 
 PRESET_NAME = "moe_hf"
 
@@ -38,12 +40,8 @@ _HARMLESS = {"load_balance_coeff": None, "preset_model": PRESET_NAME, "score_app
 
 # Sizes of the other kinds of parallelism, which this package does not build, gather or export yet.
 _SIZES_OF_OTHER_PARALLELISM = (
-    "tensor_parallel.autotp_size",
-    "tensor_parallel.tp.tp_size",
-    "tensor_parallel.tensor_parallel.tp_size",
     "sequence_parallel_size",
     "pipeline.stages",
-    "expert_parallel.expert_tensor_parallel_size",
 )
 
 
@@ -83,7 +81,9 @@ def check_deepspeed_config(
     _check_zero(config)
     check_deepspeed_values(config)
     _check_precision(config, bf16=bf16, fp16=fp16)
-    _check_batch_sizes(config, world_size, per_device_train_batch_size, gradient_accumulation_steps)
+    check_tensor_parallel_json(config)
+    num_data_ranks = ParallelSizes(tensor=parallel_sizes(config).tensor).data_parallel_size(world_size)
+    _check_batch_sizes(config, num_data_ranks, per_device_train_batch_size, gradient_accumulation_steps)
     _check_gradient_clipping(config, max_grad_norm or 0.0)
     _check_optimizer(config, learning_rate)
     if uses_muon(config):
@@ -148,12 +148,12 @@ def _precision_enabled(config: Config, name: str, flag: bool) -> bool:
     return enabled
 
 
-def _check_batch_sizes(config: Config, world_size: int, micro_batch: int, accumulation: int) -> None:
-    total = micro_batch * accumulation * world_size
+def _check_batch_sizes(config: Config, num_data_ranks: int, micro_batch: int, accumulation: int) -> None:
+    total = micro_batch * accumulation * num_data_ranks
     flags = f"--per_device_train_batch_size {micro_batch} x --gradient_accumulation_steps {accumulation}"
     _check_matches(config, "train_micro_batch_size_per_gpu", micro_batch, "--per_device_train_batch_size")
     _check_matches(config, "gradient_accumulation_steps", accumulation, "--gradient_accumulation_steps")
-    _check_matches(config, "train_batch_size", total, f"{flags} x world_size {world_size} =")
+    _check_matches(config, "train_batch_size", total, f"{flags} x data_parallel_size {num_data_ranks} =")
     if "gradient_accumulation_steps" not in config and accumulation != 1:  # Accelerate puts a 1 there
         raise ConfigError(_missing_sentence("gradient_accumulation_steps", 1, accumulation))
     if "train_batch_size" not in config and "train_micro_batch_size_per_gpu" not in config:
@@ -260,7 +260,8 @@ def _check_autoep_options(config: Config, world_size: int) -> None:
     if not set(section) - {"enabled", "autoep_size"}:
         return  # nothing is left to judge, and DeepSpeed would warn about size 1 once more
     try:
-        validate_autoep_config(parse_autoep_config(section), world_size, 1, 1, 1, zero_stage=zero_stage(config))
+        tensor = parallel_sizes(config).tensor
+        validate_autoep_config(parse_autoep_config(section), world_size, 1, tensor, 1, zero_stage=zero_stage(config))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"expert_parallel is not accepted by DeepSpeed: {error}") from None
 

@@ -1,4 +1,4 @@
-"""Assemble whole tensors, under their Hugging Face names, from what ZeRO and AutoEP have scattered over ranks."""
+"""Assemble whole tensors, under their Hugging Face names, from what ZeRO, AutoEP and AutoTP have scattered."""
 
 from contextlib import nullcontext
 
@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .processes import rank
+from .tensor_parallel import is_split, join_parts
 
 
 class FullTensorReader:
@@ -41,10 +42,12 @@ class FullTensorReader:
             return self._read_experts(layer, (layer.experts.w2,))
         if layer is not None and leaf.startswith("gate."):
             name = f"{block_name}.mlp.router.{leaf.removeprefix('gate.')}"
-        return self._read_replicated(self._tensors[name])
+        return self._read_dense(self._tensors[name])
 
-    def _read_replicated(self, tensor: torch.Tensor) -> torch.Tensor | None:
+    def _read_dense(self, tensor: torch.Tensor) -> torch.Tensor | None:
         with _gathered([tensor]):
+            if is_split(tensor):
+                return join_parts(tensor)
             return tensor.detach().to("cpu", copy=True) if rank() == 0 else None
 
     def _read_experts(self, layer, parts: tuple[nn.Parameter, ...]) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""Norms of the gradient by parameter family, whatever ZeRO and AutoEP have made of the gradient.
+"""Norms of the gradient by parameter family, whatever ZeRO, AutoEP and AutoTP have made of the gradient.
 
 At every ZeRO stage the gradient of the whole batch exists for a moment: after the last micro-batch's reduction and
 before the clipping, cut into pieces that lie on different ranks or repeated on several of them. Each rank adds up the
@@ -13,6 +13,7 @@ from torch import nn
 
 from ..parameter_families import FAMILIES, family_of
 from .processes import world_size
+from .tensor_parallel import num_copies
 from .versions import require_supported
 
 # Elements that are converted to float64 at once.
@@ -100,7 +101,7 @@ class GradientNorms:
             yield from self._held_whole(optimizer)
             return
         for param, gradient in held:
-            yield param, gradient, 1
+            yield param, gradient, num_copies(param)
 
     def _held_whole(self, optimizer) -> Iterator[tuple[nn.Parameter, torch.Tensor, int]]:
         """Without ZeRO every rank has whole gradients, and those of experts repeat on each expert-parallel group."""

@@ -42,7 +42,7 @@ class CheckpointingTrainer(StreamingTrainer):
         self._deepspeed_json = self.args.deepspeed if self.is_deepspeed_enabled else None
         self._active_parameters = active_parameters(self.model.config)
         self._skips = SkipCounter(self.args.max_skipped_steps)
-        self._position = DataPosition(self.train_dataset, self.args)
+        self._position = DataPosition(self.train_dataset, self.args, topology.num_data_ranks)
         self._resumed: Manifest | None = None
         self._staging: Path | None = None
 

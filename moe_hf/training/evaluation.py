@@ -4,9 +4,12 @@ Shape letters: B sequences of a batch, N of an evaluation's step over all ranks,
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from transformers import EvalPrediction
 
 from ..configuration_moe import MoEConfig
@@ -41,6 +44,24 @@ def sample_statistics(
     loads = outputs.tokens_per_expert.transpose(0, 1).flatten(start_dim=1)
     routing = [num_tokens.sum(dim=1, keepdim=True), *by_layer, loads]
     return torch.cat([statistics, *(columns.to(statistics) for columns in routing)], dim=1)
+
+
+@contextmanager
+def gather_once(accelerator: Accelerator, num_copies: int) -> Iterator[None]:
+    """Let `accelerator` gather the rows of a batch once, where `num_copies` ranks in a row have read the same."""
+    if num_copies == 1:
+        yield
+        return
+
+    def gather(tensor: torch.Tensor) -> torch.Tensor:
+        gathered = type(accelerator).gather(accelerator, tensor)
+        return gathered.unflatten(0, (-1, num_copies, len(tensor)))[:, 0].flatten(0, 1)
+
+    accelerator.gather = gather
+    try:
+        yield
+    finally:
+        del accelerator.gather
 
 
 class EvaluationMetrics:

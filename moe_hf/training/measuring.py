@@ -9,7 +9,7 @@ from transformers import IntervalStrategy
 from ..parallel.gradient_norms import GradientNorms
 from ..parallel.processes import rank
 from .checkpointing import CheckpointingTrainer
-from .evaluation import EvaluationMetrics, sample_statistics
+from .evaluation import EvaluationMetrics, gather_once, sample_statistics
 from .flash_attention import document_bounds
 from .telemetry.attention_sink import AttentionSink
 from .telemetry.console import ConsoleCallback, PlainConsoleCallback
@@ -47,6 +47,7 @@ class MeasuringTrainer(CheckpointingTrainer):
             self._loads,
             shares_are_sums=args.average_tokens_across_devices,
             dead_expert_steps=args.dead_expert_steps,
+            num_copies=self._topology.tensor_parallel_size,
         )
         self._throughput = Throughput(config, args.peak_tflops)
         self._watchdog = RouterWatchdog(config, args)
@@ -135,7 +136,7 @@ class MeasuringTrainer(CheckpointingTrainer):
         """Count an optimizer step over so many unmasked tokens, as many as the losses are means over."""
         self._statistics.add_step(num_tokens)
         # Where ranks do not count together, the others are taken to have as many.
-        num_counts = 1 if self.args.average_tokens_across_devices else self.args.world_size
+        num_counts = 1 if self.args.average_tokens_across_devices else self._topology.num_data_ranks
         self._throughput.add_step(num_counts * num_tokens, self._sequence_length)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
@@ -147,7 +148,9 @@ class MeasuringTrainer(CheckpointingTrainer):
 
     def floating_point_ops(self, inputs) -> int:
         """6 FLOPs for each *active* matrix parameter and token, forward and backward; attention is not counted."""
-        return 6 * self._active_parameters.in_matrices * inputs["input_ids"].numel()
+        # Trainer adds them up over ranks, of which those that share matrices have the same tokens.
+        flops = 6 * self._active_parameters.in_matrices * inputs["input_ids"].numel()
+        return flops // self._topology.tensor_parallel_size
 
     # ---- evaluating ----
 
@@ -163,7 +166,7 @@ class MeasuringTrainer(CheckpointingTrainer):
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """As in `Trainer`, but training goes on with the random numbers that it would have had without."""
         self._evaluation.reset()
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), gather_once(self.accelerator, self._topology.tensor_parallel_size):
             return super().evaluate(*args, **kwargs)
 
     # ---- reporting ----

@@ -37,6 +37,8 @@ from ..parallel.failure import FailureRelay
 from ..parallel.parallel_sizes import parallel_sizes
 from ..parallel.processes import raise_together, world_size
 from ..parallel.shared_memory import remove_shared_buffers
+from ..parallel.tensor_parallel import loading_whole_weights, with_split_plan
+from ..parallel.tensor_parallel_checks import check_tensor_parallel_model, check_tensor_parallel_run
 from ..parallel.versions import require_supported
 from .arguments import ModelArguments, MoETrainingArguments, construct, parse_arguments
 from .card_data import describe_data
@@ -96,12 +98,13 @@ def build_trainer(argv: list[str], relay: FailureRelay, description: str | None 
     deepspeed_json = _checked_deepspeed_json(namespace, config)
     topology = _topology(namespace, config, deepspeed_json)
     check_data_arguments(data_args)
-    check_streaming(namespace, data_args)
+    check_streaming(namespace, data_args, topology.num_data_ranks)
     check_output_folder(namespace)
     choice = ResumeChoice(namespace, topology, config)
 
     replaced = {"deepspeed": deepspeed_json}
     if deepspeed_json is not None:
+        replaced["deepspeed"] = with_split_plan(deepspeed_json)
         _remove_what_killed_runs_have_left()
     try:
         args = construct(MoETrainingArguments, namespace, **replaced)
@@ -122,7 +125,7 @@ def build_trainer(argv: list[str], relay: FailureRelay, description: str | None 
 
     tokenizer = _load_tokenizer(args, model_args, data_args, config)
     block_size = resolve_block_size(data_args, tokenizer, config.max_position_embeddings)
-    train_dataset, eval_dataset = _load_data(args, data_args, tokenizer, config, block_size)
+    train_dataset, eval_dataset = _load_data(args, data_args, tokenizer, config, block_size, topology)
     if weights is not None:
         with args.main_process_first(desc="weights"):
             weights = loadable_folder(weights, data_args.cache_dir)
@@ -200,6 +203,9 @@ def _checked_deepspeed_json(namespace: argparse.Namespace, config: MoEConfig) ->
         fp16=namespace.fp16,
         learning_rate=namespace.learning_rate,
     )
+    check_tensor_parallel_model(deepspeed_json, config)
+    compiles = namespace.torch_compile or namespace.torch_compile_backend or namespace.torch_compile_mode
+    check_tensor_parallel_run(deepspeed_json, compiles=bool(compiles), fp8=namespace.fp8, trains=namespace.do_train)
     if namespace.do_eval and not namespace.do_train and zero_stage(deepspeed_json) != 3:
         raise ConfigError(
             f"--do_eval without --do_train needs ZeRO stage 3, not {zero_stage(deepspeed_json)}; "
@@ -291,7 +297,14 @@ def _load_tokenizer(
     return tokenizer
 
 
-def _load_data(args: MoETrainingArguments, data_args: DataArguments, tokenizer, config: MoEConfig, block_size: int):
+def _load_data(
+    args: MoETrainingArguments,
+    data_args: DataArguments,
+    tokenizer,
+    config: MoEConfig,
+    block_size: int,
+    topology: Topology,
+):
     train, validation = build_datasets(
         data_args,
         tokenizer,
@@ -303,7 +316,7 @@ def _load_data(args: MoETrainingArguments, data_args: DataArguments, tokenizer, 
         is_main_process_first_context=args.main_process_first(desc="data"),
     )
     if isinstance(train, TokenStream):
-        lay_out(train, args, data_args.streaming_partitions)
+        lay_out(train, args, data_args.streaming_partitions, topology.num_data_ranks)
     return train, validation
 
 
@@ -323,9 +336,10 @@ def _build_model(
             if model_args.pad_vocab_to_multiple_of is not None:
                 never_generate_padding(model, len(tokenizer))
             return model
-        return MoEForCausalLM.from_pretrained(
-            weights, config=config, dtype=torch.float32, use_safetensors=True, **implementations
-        )
+        with loading_whole_weights():
+            return MoEForCausalLM.from_pretrained(
+                weights, config=config, dtype=torch.float32, use_safetensors=True, **implementations
+            )
     except (ValueError, ImportError, OSError) as error:
         raise ConfigError(f"The model cannot be built: {' '.join(str(error).split())}") from error
 

@@ -14,8 +14,13 @@ from ..parallel.processes import world_size
 from .preemption import spare_workers
 
 
-def check_streaming(namespace: argparse.Namespace, data_args: DataArguments) -> None:
+def check_streaming(namespace: argparse.Namespace, data_args: DataArguments, num_readers: int | None = None) -> None:
     """Refuse what does not go with an endless training set, before there is a process group.
+
+    Args:
+        namespace: the command line.
+        data_args: of the run.
+        num_readers: processes that read different rows, by default all.
 
     Raises:
         ConfigError: Nobody says when to stop, or some processes would read more parts than others.
@@ -24,7 +29,7 @@ def check_streaming(namespace: argparse.Namespace, data_args: DataArguments) -> 
         return
     if namespace.max_steps <= 0:
         raise ConfigError("--streaming reads without end; say how long to train with --max_steps.")
-    parts, num_processes = data_args.streaming_partitions, world_size()
+    parts, num_processes = data_args.streaming_partitions, num_readers or world_size()
     if parts is not None and parts % num_processes:
         raise ConfigError(
             f"streaming_partitions={parts} cannot be dealt out evenly to {num_processes} processes; use a multiple of "
@@ -32,14 +37,23 @@ def check_streaming(namespace: argparse.Namespace, data_args: DataArguments) -> 
         )
 
 
-def lay_out(stream: TokenStream, args: TrainingArguments, num_parts: int | None) -> None:
+def lay_out(
+    stream: TokenStream, args: TrainingArguments, num_parts: int | None, num_readers: int | None = None
+) -> None:
     """Divide a stream over the processes, into `num_parts` or as many as there are loader workers.
+
+    Args:
+        stream: to be divided.
+        args: of the run.
+        num_parts: parts of the stream.
+        num_readers: processes that read different parts, by default all; as many in a row read the same.
 
     Raises:
         DataError: Nothing to begin with in a part of this process.
     """
-    num_parts = num_parts or args.world_size * max(1, args.dataloader_num_workers)
-    stream.set_layout(num_parts, args.process_index, args.world_size)
+    num_readers = num_readers or args.world_size
+    num_parts = num_parts or num_readers * max(1, args.dataloader_num_workers)
+    stream.set_layout(num_parts, args.process_index * num_readers // args.world_size, num_readers)
     if args.resume_from_checkpoint is None:
         stream.check_start()
 
@@ -74,7 +88,9 @@ class StreamingTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self._stream_loader is not None:
-            write_position(Path(output_dir), self.args.process_index, self._stream, self._stream_loader.states)
+            reader, num_readers = self._stream.reader
+            if self.args.process_index == reader * self.args.world_size // num_readers:  # the first that reads it
+                write_position(Path(output_dir), reader, self._stream, self._stream_loader.states)
 
     def _restore_stream(self, checkpoint: Path) -> None:
         """Let the stream go on where a checkpoint has stopped.
@@ -85,8 +101,7 @@ class StreamingTrainer(Trainer):
         if self.args.ignore_data_skip:
             return
         if self._stream is not None:
-            args = self.args
-            self._stream_states = read_position(checkpoint, self._stream, args.process_index, args.world_size)
+            self._stream_states = read_position(checkpoint, self._stream, *self._stream.reader)
         elif has_position(checkpoint):
             raise CheckpointError(
                 f"{checkpoint} was reading a stream, and its place means nothing to stored data; resume with "

@@ -10,6 +10,7 @@ from ..parallel.deepspeed_config import autoep_enabled, expert_parallel_size, ze
 from ..parallel.engine import prepare_for_training, report_clipped_norm
 from ..parallel.float8 import convert_to_float8
 from ..parallel.processes import rank
+from ..parallel.tensor_parallel import clip_by_all_experts
 from .bias_update import RouterBiasUpdater
 from .compiling import FETCHED_WHOLE, compile_dense_parts
 from .measuring import MeasuringTrainer, num_unmasked
@@ -55,12 +56,19 @@ class MoETrainer(MeasuringTrainer):
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         num_tokens = sum(num_unmasked(batch) for batch in batches)
         if batches and self.args.average_tokens_across_devices and self.args.world_size > 1:
-            num_tokens = self.accelerator.gather(num_tokens.to(device)).sum()
+            num_tokens = self._sum_over_data_ranks(num_tokens.to(device))
+            if self._topology.tensor_parallel_size > 1:
+                # Not all versions of Trainer count the labels of ranks that read the same rows once.
+                num_labels = sum(batch["labels"][..., 1:].ne(-100).sum() for batch in batches)
+                num_items_in_batch = self._sum_over_data_ranks(num_labels.to(device))
         self._num_tokens_in_batch = num_tokens
         self._position.read(batches)
         if batches:
             self._begin_step(batches[0]["input_ids"].shape[1])
         return batches, num_items_in_batch
+
+    def _sum_over_data_ranks(self, count: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.gather(count).sum() // self._topology.tensor_parallel_size
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As in `Trainer`, with the count of tokens handed to the model."""
@@ -73,6 +81,8 @@ class MoETrainer(MeasuringTrainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self._deepspeed_json is not None and not self._engine_checks_gradients():
             report_clipped_norm(self.model_wrapped)
+        if self._deepspeed_json is not None:
+            clip_by_all_experts(self.model_wrapped, self._deepspeed_json)
         self._bias_updater = RouterBiasUpdater(self.accelerator.unwrap_model(self.model))
         return prepared
 

@@ -13,7 +13,9 @@ from moe_hf import MoEConfig, MoEForCausalLM
 pytestmark = pytest.mark.gpu
 
 # Those of recipes differ from these by sizes that one GPU cannot have.
-SHIPPED = sorted(path.name for path in (ROOT / "ds_configs").glob("zero*.json"))
+SHIPPED = sorted(
+    path.name for path in (ROOT / "ds_configs").glob("zero*.json") if "tensor_parallel" not in path.read_text()
+)
 SWITCHES = [
     "--fp8",
     "--torch_compile",

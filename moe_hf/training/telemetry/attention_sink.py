@@ -54,11 +54,13 @@ class AttentionSink:
         """
         mask, places = (None if x is None else x[0] for x in (attention_mask, position_ids))
         sampled = sample_queries(torch.ones_like(input_ids[0]) if mask is None else mask, mask is None, places)
-        self._masses, self._num_weights = [], len(sampled.positions) * self._attentions[0].config.num_attention_heads
+        self._masses, self._num_weights = [], 0
 
         def record(attention: MoEAttention):
             def hook(tap, inputs, outputs) -> None:
                 query, key = inputs
+                # Under tensor parallelism these are not all heads of the model.
+                self._num_weights = len(sampled.positions) * query.shape[1]
                 self._masses.append(first_token_mass(query[0].detach(), key[0].detach(), attention.scaling, sampled))
 
             return hook

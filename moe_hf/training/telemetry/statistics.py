@@ -18,6 +18,9 @@ from .balance import balance_of, load_shares, steps_without_tokens
 from .loads import LatestLoads
 from .reduction import reduce_over_ranks
 
+# What ranks that share matrices have different parts of: gradients, and the attention of their heads.
+_SHARED_OUT = ("gradients", "sink_masses", "sink_weights")
+
 
 class TrainingStatistics:
     """Sums between two log entries, kept on the device until one is due, and then reduced over ranks in one message.
@@ -31,16 +34,26 @@ class TrainingStatistics:
         shares_are_sums: whether the parts of one batch add up over ranks (`num_items_in_batch` and the number of
             tokens counted over all of them) or are means (and counts) of one rank each.
         dead_expert_steps: an expert without a token in so many steps is dead.
+        num_copies: ranks that share matrices, read the same rows and have the same sums of them.
 
     Attributes:
         num_tokens: unmasked tokens of all ranks since the run's beginning, up to the last entry or `settle_tokens`.
     """
 
-    def __init__(self, config: MoEConfig, loads: LatestLoads, *, shares_are_sums: bool, dead_expert_steps: int) -> None:
+    def __init__(
+        self,
+        config: MoEConfig,
+        loads: LatestLoads,
+        *,
+        shares_are_sums: bool,
+        dead_expert_steps: int,
+        num_copies: int = 1,
+    ) -> None:
         self._config = config
         self._loads = loads
         self._shares_are_sums = shares_are_sums
         self._dead_expert_steps = dead_expert_steps
+        self._num_copies = num_copies
         self._names = [f"layer_{i}" for i, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
         num_layers, num_experts = len(self._names), config.num_experts if self._names else 0
         self._shapes = {
@@ -127,6 +140,7 @@ class TrainingStatistics:
         totals, maxima = reduce_over_ranks(
             sums, {"logits": logit_max, "memory": torch.tensor(peak_memory_gib, dtype=torch.float64)}
         )
+        totals |= {name: total / self._num_copies for name, total in totals.items() if name not in _SHARED_OUT}
         self.num_tokens += self._whole(totals["tokens"])
         logs = {"num_tokens": self.num_tokens, **self._losses(totals)}
         if self._names:
@@ -143,18 +157,22 @@ class TrainingStatistics:
         tokens = {"tokens": self._sums.pop("tokens")}
         if not self._shares_are_sums:
             totals, _ = reduce_over_ranks(tokens, {})
-            tokens = totals
+            tokens = {"tokens": totals["tokens"] / self._num_copies}
         self.num_tokens += int(tokens["tokens"])
 
     def _whole(self, tokens: np.ndarray) -> int:
         # Where every rank has counted the tokens of all, their sum has them once for each rank.
-        return int(tokens) // (world_size() if self._shares_are_sums else 1)
+        return int(tokens) // (self._num_counts if self._shares_are_sums else 1)
+
+    @property
+    def _num_counts(self) -> int:
+        return world_size() // self._num_copies
 
     def _by_layer(self, name: str, values: np.ndarray) -> dict[str, float]:
         return {f"{name}/{layer}": float(value) for layer, value in zip(self._names, values, strict=True)}
 
     def _losses(self, totals: dict[str, np.ndarray]) -> dict[str, float]:
-        divisor = self._num_steps * (1 if self._shares_are_sums else world_size())
+        divisor = self._num_steps * (1 if self._shares_are_sums else self._num_counts)
         logs = {"ce_loss": float(totals["ce_loss"]) / divisor}
         if "aux_loss" in self._sums:
             parts = {name: totals[name] / divisor for name in ("aux_loss", "z_loss")}

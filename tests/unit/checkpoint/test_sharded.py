@@ -134,6 +134,15 @@ def test_written_without_deepspeed(checkpoint):
     )
 
 
+def test_written_by_ranks_that_shared_matrices(checkpoint):
+    layout = Topology(2, 0, 2, "bfloat16", tensor_parallel_size=2)
+    write_manifest(checkpoint, layout, MODELS["softmax"], Progress(3))
+    assert refusal(checkpoint) == (
+        f"{checkpoint} has matrices cut by tensor_parallel_size=2, which are put together while training only; its "
+        f"model, in bfloat16, is {checkpoint / 'hf'}."
+    )
+
+
 @pytest.mark.parametrize(
     "name", ["lm_head.weight.1", "model.layers.0.mlp.experts.gate_up_proj", "model.layers.9.mlp.experts.down_proj"]
 )

@@ -74,3 +74,8 @@ def test_architecture_is_what_tensors_are_and_mean():
     assert not architecture.keys() & present
     changed = MoEConfig.from_dict(config.to_dict() | {name: NOT_PART_OF_THE_MODEL[name] for name in present})
     assert architecture_of(changed) == architecture
+
+
+def test_ranks_that_share_matrices_read_the_same_rows():
+    assert LAYOUT.num_data_ranks == 4
+    assert replace(LAYOUT, tensor_parallel_size=2).num_data_ranks == 2

@@ -17,7 +17,10 @@ from moe_hf.parallel.deepspeed_schema import AUTO_KEYS, check_deepspeed_keys, ch
 from moe_hf.presets import read_preset
 
 FOLDER = Path(__file__).parents[3] / "ds_configs"
-SHIPPED = [FOLDER / f"{name}.json" for name in ("zero1", "zero2", "zero2_ep", "zero3", "zero3_ep", "zero3_offload")]
+SHIPPED = [
+    FOLDER / f"{name}.json"
+    for name in ("zero1", "zero2", "zero2_ep", "zero2_tp_ep", "zero3", "zero3_ep", "zero3_offload")
+]
 # They make other steps: distributed/test_precision.py runs them.
 WITH_OPTIMIZERS = {"zero2_muon", "zero2_ep_cpu_adam"}
 
@@ -99,6 +102,7 @@ def test_files_of_recipes_fit_their_presets_on_sixteen_ranks(path):
         {"expert_parallel.load_balance_coeff": 0, "expert_parallel.enabled": False},
         {"expert_parallel.preset_model": "moe_hf", "expert_parallel.score_apply": "post"},
         {"expert_parallel.combine_impl": "weighted_sum", "tensor_parallel.autotp_size": 1},
+        {"tensor_parallel.autotp_size": 2, "train_batch_size": 12},
         {"train_batch_size": 24, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3},
         {"train_batch_size": 24, "train_micro_batch_size_per_gpu": None},
         {"gradient_clipping": 1, "bf16.enabled": True, "fp16": None},
@@ -223,7 +227,7 @@ def test_values_are_judged_by_deepspeed(config, sentence):
             {"train_batch_size": 25},
             {},
             "train_batch_size=25 contradicts --per_device_train_batch_size 2 x --gradient_accumulation_steps 3"
-            ' x world_size 4 = 24; write "auto" or 24',
+            ' x data_parallel_size 4 = 24; write "auto" or 24',
         ),
         ({"train_batch_size": {}}, {}, "train_batch_size={} contradicts"),
         (
@@ -305,17 +309,17 @@ def test_contradictions_are_refused(changes, run, sentence):
         ),
         ({"expert_parallel.preset_model": "mixtral"}, {}, 'expert_parallel.preset_model="mixtral" must be left out'),
         (
-            {"tensor_parallel": {"autotp_size": 2}},
+            {"tensor_parallel": {"autotp_size": 3}},
             {},
-            "tensor_parallel.autotp_size=2 is not supported yet, only expert and data parallelism are; use 1",
+            "world_size=4 is no multiple of tensor_parallel_size=3; start a multiple of 3 ranks",
         ),
-        ({"tensor_parallel": {"tp": {"tp_size": 2}}}, {}, "tensor_parallel.tp.tp_size=2 is not supported"),
+        ({"tensor_parallel": {"tp": {"tp_size": 2}}}, {}, 'tensor_parallel.tp={"tp_size": 2} must be left out'),
         ({"sequence_parallel_size": 2}, {}, "sequence_parallel_size=2 is not supported"),
         ({"pipeline": {"stages": 2}}, {}, "pipeline.stages=2 is not supported"),
         (
             {"expert_parallel.expert_tensor_parallel_size": 2},
             {},
-            "expert_parallel.expert_tensor_parallel_size=2 is not supported",
+            "expert_parallel.expert_tensor_parallel_size=2 is not possible",
         ),
         (
             {"zero_optimization.stage": 0},

@@ -10,7 +10,7 @@ from transformers import EvalPrediction
 from moe_hf import MoEForCausalLM
 from moe_hf.data.collator import CausalLMCollator
 from moe_hf.modeling_outputs import MoECausalLMOutput
-from moe_hf.training.evaluation import EvaluationMetrics, sample_statistics
+from moe_hf.training.evaluation import EvaluationMetrics, gather_once, sample_statistics
 from moe_hf.training.telemetry.loads import LatestLoads
 
 
@@ -238,3 +238,21 @@ def test_an_evaluation_without_routers_takes_back_the_loads_of_another():
     loads = LatestLoads(eval={"layer_1": [1.0]})
     metrics_of(torch.tensor([[6.0, 3.0, 0.0, 0.0]]), loads=loads)
     assert loads.eval is None
+
+
+class Gathering:
+    """An accelerator on four ranks, of which two in a row have the same rows."""
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the rows of all ranks, each data-parallel rank's a hundred above those of the one before."""
+        return torch.cat([tensor, tensor, tensor + 100, tensor + 100])
+
+
+def test_rows_that_several_ranks_have_are_gathered_once():
+    accelerator, rows = Gathering(), torch.arange(6).view(3, 2)
+    with gather_once(accelerator, 2):
+        assert torch.equal(accelerator.gather(rows), torch.cat([rows, rows + 100]))
+        assert torch.equal(accelerator.gather(rows[:, 0]), torch.cat([rows[:, 0], rows[:, 0] + 100]))
+    assert len(accelerator.gather(rows)) == 12
+    with gather_once(accelerator, 1):
+        assert len(accelerator.gather(rows)) == 12

@@ -54,3 +54,9 @@ def test_counting_goes_on_from_a_saved_position():
     position = DataPosition(range(41), arguments())
     position.samples_seen = 41 + 24
     assert steps(position, (3, 4), ends_epoch=True) == 82
+
+
+def test_rows_that_several_ranks_read_count_once():
+    position = DataPosition(range(1000), arguments(world_size=8), num_data_ranks=2)
+    assert position.global_batch_size == 2 * 3 * 4
+    assert steps(position, (3, 4)) == 2 * 3 * 4

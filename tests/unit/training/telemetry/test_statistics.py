@@ -10,6 +10,7 @@ from moe_hf import MoEForCausalLM
 from moe_hf.data.collator import CausalLMCollator
 from moe_hf.modeling_outputs import MoECausalLMOutput
 from moe_hf.parameter_families import FAMILIES
+from moe_hf.training.telemetry import statistics as statistics_module
 from moe_hf.training.telemetry.loads import LatestLoads
 from moe_hf.training.telemetry.statistics import TrainingStatistics, router_bias_ranges
 
@@ -298,3 +299,37 @@ def test_a_resumed_run_goes_on_counting():
         resumed.add_step(11)
     logs = resumed.pop(0.0)
     assert (logs["num_tokens"], logs["dead_experts/layer_1"], logs["dead_experts"]) == (55, 1, 1)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Ranks that share matrices
+
+
+@pytest.mark.parametrize("shares_are_sums", [True, False])
+def test_what_every_rank_of_a_group_has_counts_once(shares_are_sums, monkeypatch):
+    """Four ranks with the same sums, two of which share matrices: gradients and heads are parts, the rest copies."""
+    monkeypatch.setattr(statistics_module, "world_size", lambda: 4)
+    monkeypatch.setattr(
+        statistics_module,
+        "reduce_over_ranks",
+        lambda sums, maxima: tuple(
+            {name: factor * tensor.detach().double().numpy() for name, tensor in of.items()}
+            for factor, of in ((4, sums), (1, maxima))
+        ),
+    )
+    loads = LatestLoads()
+    statistics = statistics_of(loads=loads, shares_are_sums=shares_are_sums, num_copies=2)
+    statistics.add_micro_batch(micro_batch(3.0, (1.0, 1.0), **counted([3, 1, 0, 0], [1, 1, 1, 1])), ONE)
+    statistics.add_step(torch.tensor(30))
+    statistics.add_gradients(torch.full((len(FAMILIES),), 4.0, dtype=torch.float64))
+    statistics.add_attention_sink((torch.ones(4), 2))
+    logs = statistics.pop(0.0)
+    assert logs["num_tokens"] == (30 if shares_are_sums else 60)
+    assert logs["ce_loss"] == (6.0 if shares_are_sums else 3.0)
+    assert logs["aux_loss"] == (4.0 if shares_are_sums else 2.0)
+    assert loads.train["layer_1"] == [0.75, 0.25, 0.0, 0.0]
+    assert logs[f"grad_norm/{FAMILIES[0]}"] == 4.0
+    assert logs["attention_sink"] == 0.5
+    statistics.add_step(torch.tensor(30))
+    statistics.settle_tokens()
+    assert statistics.num_tokens == 2 * logs["num_tokens"]
