@@ -231,11 +231,15 @@ def _data_rows(data: TrainingData, num_tokens: int | None) -> dict[str, str]:
 
 
 def _recipe(args: TrainingArguments, topology: Topology | None) -> str:
+    shared = 1
+    if topology is not None:
+        shared = topology.tensor_parallel_size * topology.sequence_parallel_size * topology.pipeline_parallel_size
+    readers = f"{args.world_size // shared} " + ("processes" if shared == 1 else f"groups of {shared} processes")
     text = (
         f"Learning rate {args.learning_rate}, {args.lr_scheduler_type.value} schedule, "
         f"weight decay {args.weight_decay}, "
         f"{args.per_device_train_batch_size} sequences per device × {args.gradient_accumulation_steps} "
-        f"accumulation steps × {args.world_size} processes, seed {args.seed}."
+        f"accumulation steps × {readers}, seed {args.seed}."
     )
     return text if topology is None else f"{text} Layout: {topology.describe()}."
 

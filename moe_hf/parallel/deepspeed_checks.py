@@ -22,7 +22,9 @@ from moe_hf.parallel.deepspeed_config import (
 )
 from moe_hf.parallel.deepspeed_schema import as_json, check_deepspeed_keys, check_deepspeed_values
 from moe_hf.parallel.muon import check_muon, uses_muon
+from moe_hf.parallel.parallel_sizes import parallel_sizes
 from moe_hf.parallel.placement import warn_of_groups_across_machines
+from moe_hf.parallel.sequence_parallel import check_combinations
 
 PRESET_NAME = "moe_hf"
 
@@ -41,7 +43,6 @@ _SIZES_OF_OTHER_PARALLELISM = (
     "tensor_parallel.autotp_size",
     "tensor_parallel.tp.tp_size",
     "tensor_parallel.tensor_parallel.tp_size",
-    "sequence_parallel_size",
     "pipeline.stages",
     "expert_parallel.expert_tensor_parallel_size",
 )
@@ -149,11 +150,13 @@ def _precision_enabled(config: Config, name: str, flag: bool) -> bool:
 
 
 def _check_batch_sizes(config: Config, world_size: int, micro_batch: int, accumulation: int) -> None:
-    total = micro_batch * accumulation * world_size
+    num_readers = parallel_sizes(config).data_parallel_size(world_size)
+    total = micro_batch * accumulation * num_readers
+    ranks = f"world_size {world_size}" + (f" / {world_size // num_readers}" if num_readers < world_size else "")
     flags = f"--per_device_train_batch_size {micro_batch} x --gradient_accumulation_steps {accumulation}"
     _check_matches(config, "train_micro_batch_size_per_gpu", micro_batch, "--per_device_train_batch_size")
     _check_matches(config, "gradient_accumulation_steps", accumulation, "--gradient_accumulation_steps")
-    _check_matches(config, "train_batch_size", total, f"{flags} x world_size {world_size} =")
+    _check_matches(config, "train_batch_size", total, f"{flags} x {ranks} =")
     if "gradient_accumulation_steps" not in config and accumulation != 1:  # Accelerate puts a 1 there
         raise ConfigError(_missing_sentence("gradient_accumulation_steps", 1, accumulation))
     if "train_batch_size" not in config and "train_micro_batch_size_per_gpu" not in config:
@@ -232,6 +235,7 @@ def _check_routing_is_ours(config: Config) -> None:
 
 
 def _check_other_parallelism(config: Config) -> None:
+    check_combinations(config)
     for key in _SIZES_OF_OTHER_PARALLELISM:
         size = lookup(config, key, 1)
         if not is_int(size) or size > 1:

@@ -14,6 +14,7 @@ _INTEGRATION_POINTS = {
         "deepspeed.module_inject.auto_ep_presets.base": ("AutoEPPresetAdapter", "MoEModelPreset"),
         "deepspeed.module_inject.auto_ep_presets.registry": ("PRESET_MODELS", "_PRESET_ADAPTERS"),
         "deepspeed.runtime.engine": ("DeepSpeedEngine._take_model_step", "DeepSpeedEngine.was_step_applied"),
+        "deepspeed.runtime.sequence_parallel.ulysses_sp": ("UlyssesSPAttentionHF",),
         "deepspeed.utils.groups": ("_get_data_parallel_group",),
     },
     "transformers": {

@@ -22,6 +22,7 @@ from .nonfinite import SkipCounter
 from .position import DataPosition
 from .resharding import continue_schedule, load_resharded
 from .router_optimizer import keep_router_settings, load_regrouped
+from .sequence_parallel import reader
 from .stream_training import StreamingTrainer
 
 
@@ -42,7 +43,7 @@ class CheckpointingTrainer(StreamingTrainer):
         self._deepspeed_json = self.args.deepspeed if self.is_deepspeed_enabled else None
         self._active_parameters = active_parameters(self.model.config)
         self._skips = SkipCounter(self.args.max_skipped_steps)
-        self._position = DataPosition(self.train_dataset, self.args)
+        self._position = DataPosition(self.train_dataset, self.args, reader(self.args)[1])
         self._resumed: Manifest | None = None
         self._staging: Path | None = None
 

@@ -4,18 +4,23 @@ import argparse
 from pathlib import Path
 
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from ..data.arguments import DataArguments
 from ..data.stream_position import has_position, read_position, write_position
 from ..data.streaming import StreamLoader, TokenStream
 from ..errors import CheckpointError, ConfigError
-from ..parallel.processes import world_size
 from .preemption import spare_workers
+from .sequence_parallel import SequenceParallelTrainer, reader
 
 
-def check_streaming(namespace: argparse.Namespace, data_args: DataArguments) -> None:
+def check_streaming(namespace: argparse.Namespace, data_args: DataArguments, num_readers: int) -> None:
     """Refuse what does not go with an endless training set, before there is a process group.
+
+    Args:
+        namespace: of the command line.
+        data_args: of the run.
+        num_readers: processes that read rows of their own.
 
     Raises:
         ConfigError: Nobody says when to stop, or some processes would read more parts than others.
@@ -24,11 +29,11 @@ def check_streaming(namespace: argparse.Namespace, data_args: DataArguments) -> 
         return
     if namespace.max_steps <= 0:
         raise ConfigError("--streaming reads without end; say how long to train with --max_steps.")
-    parts, num_processes = data_args.streaming_partitions, world_size()
-    if parts is not None and parts % num_processes:
+    parts = data_args.streaming_partitions
+    if parts is not None and parts % num_readers:
         raise ConfigError(
-            f"streaming_partitions={parts} cannot be dealt out evenly to {num_processes} processes; use a multiple of "
-            f"{num_processes}."
+            f"streaming_partitions={parts} cannot be dealt out evenly to {num_readers} processes; use a multiple of "
+            f"{num_readers}."
         )
 
 
@@ -38,13 +43,13 @@ def lay_out(stream: TokenStream, args: TrainingArguments, num_parts: int | None)
     Raises:
         DataError: Nothing to begin with in a part of this process.
     """
-    num_parts = num_parts or args.world_size * max(1, args.dataloader_num_workers)
-    stream.set_layout(num_parts, args.process_index, args.world_size)
+    index, num_readers = reader(args)
+    stream.set_layout(num_parts or num_readers * max(1, args.dataloader_num_workers), index, num_readers)
     if args.resume_from_checkpoint is None:
         stream.check_start()
 
 
-class StreamingTrainer(Trainer):
+class StreamingTrainer(SequenceParallelTrainer):
     """`Trainer` that reads a `TokenStream` as it is divided, and keeps the place in it in every checkpoint."""
 
     def __init__(self, **kwargs) -> None:
@@ -85,8 +90,7 @@ class StreamingTrainer(Trainer):
         if self.args.ignore_data_skip:
             return
         if self._stream is not None:
-            args = self.args
-            self._stream_states = read_position(checkpoint, self._stream, args.process_index, args.world_size)
+            self._stream_states = read_position(checkpoint, self._stream, *reader(self.args))
         elif has_position(checkpoint):
             raise CheckpointError(
                 f"{checkpoint} was reading a stream, and its place means nothing to stored data; resume with "

@@ -101,6 +101,7 @@ def test_files_of_recipes_fit_their_presets_on_sixteen_ranks(path):
         {"expert_parallel.combine_impl": "weighted_sum", "tensor_parallel.autotp_size": 1},
         {"train_batch_size": 24, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3},
         {"train_batch_size": 24, "train_micro_batch_size_per_gpu": None},
+        {"train_batch_size": 12, "sequence_parallel_size": 2},
         {"gradient_clipping": 1, "bf16.enabled": True, "fp16": None},
         {"gradient_clipping": None},
         {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0.1, "torch_adam": True}}},
@@ -310,7 +311,22 @@ def test_contradictions_are_refused(changes, run, sentence):
             "tensor_parallel.autotp_size=2 is not supported yet, only expert and data parallelism are; use 1",
         ),
         ({"tensor_parallel": {"tp": {"tp_size": 2}}}, {}, "tensor_parallel.tp.tp_size=2 is not supported"),
-        ({"sequence_parallel_size": 2}, {}, "sequence_parallel_size=2 is not supported"),
+        (
+            {"sequence_parallel_size": 3},
+            {},
+            "world_size=4 is no multiple of sequence_parallel_size=3; start",
+        ),
+        (
+            {"sequence_parallel_size": 2, "train_batch_size": 24},
+            {},
+            "train_batch_size=24 contradicts --per_device_train_batch_size 2 x --gradient_accumulation_steps 3"
+            ' x world_size 4 / 2 = 12; write "auto" or 12',
+        ),
+        (
+            {"sequence_parallel_size": 2, "pipeline": {"stages": 2}},
+            {},
+            "pipeline.stages=2 does not combine with sequence_parallel_size=2",
+        ),
         ({"pipeline": {"stages": 2}}, {}, "pipeline.stages=2 is not supported"),
         (
             {"expert_parallel.expert_tensor_parallel_size": 2},
