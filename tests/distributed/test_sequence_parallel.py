@@ -25,8 +25,11 @@ from small import (
     save_small_model,
     small_config,
 )
+from streams import BLOCK_SIZE, number_of, write_files
 
 from moe_hf import MoEForCausalLM
+from moe_hf.checkpoint.convert import write_model
+from moe_hf.checkpoint.offline import open_exportable
 from moe_hf.data.collator import CausalLMCollator
 from moe_hf.training.telemetry.attention_sink import AttentionSink
 
@@ -100,7 +103,7 @@ CELLS = [
     Cell(2, 4, ranks=4, sp=4, packed=True, is_slow=True),
     Cell(1, 2, ranks=4, sp=4, model="deepseek", is_slow=True),
 ]
-EVALUATED = CELLS[3]
+SHIPPED, EVALUATED = CELLS[1], CELLS[3]
 LONG = 1024
 
 
@@ -162,6 +165,8 @@ def lab(models, packed, rows_file, tmp_path_factory):
             words["train_file"] = packed_file
         if cell.bf16:
             words["learning_rate"] = 3e-5
+        if cell == SHIPPED:
+            words["deepspeed"] = ROOT / "ds_configs" / "ulysses_zero2_ep.json"
         if cell == EVALUATED:
             words |= evaluates
         return argv(
@@ -301,8 +306,11 @@ def test_evaluation_equals_that_of_ranks_with_rows_of_their_own(lab):
         {k: v for k, v in result_of(folder, name)["metrics"].items() if k.startswith("eval_")}
         for name in (EVALUATED.name, "evaluated_alone")
     )
-    assert shared.keys() == alone.keys() and "eval_aux_loss" in shared and "eval_router_entropy/layer_3" in shared
-    timed = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+    timed = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time"}
+    assert shared.keys() - timed == alone.keys() - timed
+    assert {"eval_loss", "eval_perplexity", "eval_aux_loss", "eval_z_loss", "eval_router_logit_max/layer_3"} <= set(
+        shared
+    )
     for name in shared.keys() - timed:
         assert shared[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-9), name
 
@@ -315,6 +323,26 @@ def test_resuming_continues_bit_for_bit(lab):
         assert [entry[name] for name in ("loss", "grad_norm")] == [whole[step][name] for name in ("loss", "grad_norm")]
     whole, resumed = (load_file(folder / name / "hf" / "model.safetensors") for name in ("whole", "resumed"))
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+@each([cell for cell in CELLS if not cell.bf16])
+def test_export_is_the_live_model(cell, lab):
+    """Which attends by itself again, with heads of its own, where a batch is not shared."""
+    folder = lab(cell.ranks, cell.is_slow)
+    live, export = torch.load(folder / "results" / cell.name / "live.pt"), folder / cell.name / "hf"
+    weights = load_file(export / "model.safetensors")
+    assert weights.keys() == live["weights"].keys()
+    assert all(torch.equal(tensor, live["weights"][name]) for name, tensor in weights.items())
+    with torch.no_grad():
+        logits = MoEForCausalLM.from_pretrained(export).eval()(torch.arange(3, 27).reshape(2, 12)).logits
+    torch.testing.assert_close(logits, live["logits"], rtol=5e-6, atol=5e-6)
+
+
+def test_a_checkpoint_exports_like_all_others(lab, tmp_path):
+    checkpoint = lab(2, False) / "whole" / "checkpoint-2"
+    write_model(open_exportable(checkpoint), tmp_path / "hf")
+    for path in (checkpoint / "hf").iterdir():
+        assert (tmp_path / "hf" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_a_checkpoint_knows_its_place_in_rows(lab):
@@ -330,3 +358,42 @@ def test_two_ranks_keep_half_of_the_activations(lab):
         json.loads((folder / "results" / f"long_sp{sp}" / "saved_bytes.json").read_text())[0] for sp in (1, 2)
     )
     assert 0.45 < shared / alone < 0.55
+
+
+@pytest.mark.slow
+def test_ranks_of_a_group_read_the_same_stream(models, tmp_path):
+    """Together they see every document of an epoch once, and a resumed run exactly the next ones."""
+    (tmp_path / "deepspeed.json").write_text(json.dumps(deepspeed_json(2, 2, sequence_parallel_size=2)))
+    words = {
+        "model_name_or_path": models["plain"],
+        "train_file": write_files(tmp_path / "files", [6, 6]),
+        "streaming": True,
+        "packing": "pad",
+        "block_size": BLOCK_SIZE,
+        "deepspeed": tmp_path / "deepspeed.json",
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "per_device_train_batch_size": 2,
+    }
+    checkpoint = tmp_path / "whole" / "out" / "checkpoint-2"
+    cases = [
+        {"name": name, "argv": flags(recipe([]), 1, **words, output_dir=tmp_path / name / "out", **others)}
+        for name, others in (("whole", {}), ("resumed", {"resume_from_checkpoint": checkpoint}))
+    ]
+    run_cases(2, cases, tmp_path, worker=WORKER.with_name("streaming_worker.py"))
+    whole, resumed = (
+        [json.loads((tmp_path / name / f"rank_{rank}.json").read_text()) for rank in range(2)]
+        for name in ("whole", "resumed")
+    )
+    assert all(result["error"] is None for result in whole + resumed)
+    documents = [
+        number_of(first + second)
+        for batches in zip(*(result["batches"] for result in whole), strict=True)
+        for first, second in zip(*batches, strict=True)
+    ]
+    assert documents == [*range(12)]
+    for rank in range(2):
+        assert all(len(row) == BLOCK_SIZE // 2 for batch in whole[rank]["batches"] for row in batch)
+        assert resumed[rank]["batches"] == whole[rank]["batches"][2:]
+        assert all(loss == whole[rank]["losses"][step] for step, loss in resumed[rank]["losses"].items())
