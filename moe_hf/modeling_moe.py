@@ -5,6 +5,7 @@ Shape letters: B batch, S sequence, T = B * S tokens, H hidden size, E experts, 
 
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -212,6 +213,16 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class SharedSequence(Protocol):
+    """What a model is handed where every rank of a group holds a piece of the same sequences; `parallel/` has it."""
+
+    def attend(self, attend: Callable, module: nn.Module, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Let a piece's queries attend over the whole sequences by the implementation `attend`; arguments as for it."""
+
+    def sum(self, statistics: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor without gradients over the ranks of the group."""
+
+
 class AttentionTap(nn.Module):
     """Identity through which queries `(B, heads, S, D)` and keys `(B, key heads, S, D)` pass, for forward hooks."""
 
@@ -251,6 +262,7 @@ class MoEAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None = None,
+        shared_sequence: SharedSequence | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
@@ -263,6 +275,8 @@ class MoEAttention(nn.Module):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        if shared_sequence is not None:
+            attend = partial(shared_sequence.attend, attend)
         dropout = self.attention_dropout if self.training else 0.0
         output, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
@@ -385,6 +399,7 @@ class MoEModel(MoEPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        shared_sequence: SharedSequence | None = None,
         **kwargs,
     ) -> MoEModelOutput:
         """Run the decoder.
@@ -397,6 +412,8 @@ class MoEModel(MoEPreTrainedModel):
             past_key_values (`Cache`): keys and values of earlier tokens.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`).
             use_cache (`bool`): return the cache.
+            shared_sequence (`SharedSequence`): given where every rank of a group holds a piece of the same sequences;
+                the other arguments are then this rank's piece.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds, not both and not neither.")
@@ -407,13 +424,15 @@ class MoEModel(MoEPreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        causal_mask = None
+        if shared_sequence is None:  # which otherwise has the mask of the whole sequences
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
         hidden_states = F.dropout(inputs_embeds, self.config.hidden_dropout, self.training)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         for layer in self.layers:
@@ -424,6 +443,7 @@ class MoEModel(MoEPreTrainedModel):
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
+                shared_sequence=shared_sequence,
                 **kwargs,
             )
         return MoEModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
@@ -480,11 +500,15 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
                 once; without gradients each sequence's cross-entropy is returned besides.
             num_tokens_in_batch (`torch.Tensor` or `float`): unmasked tokens of the whole batch, over all ranks and
                 accumulation steps; with `num_items_in_batch` the loss is this micro-batch's additive share.
+            shift_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): the token that each position is
+                to predict, where `labels`, which must be given besides, end before it does.
 
         The other arguments are those of `MoEModel.forward`.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
+        # Not in the signature, where Trainer would take it for a column that every evaluation needs.
+        shift_labels = kwargs.pop("shift_labels", None)
         describes_routing = labels is not None and self.config.num_sparse_layers > 0
         counts_assignments = self._counts_assignments()
         outputs: MoEModelOutput = self.model(
@@ -501,11 +525,14 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         )
         if skip_logits and labels is not None:
             logits = None
-            ce_loss, sequence_ce_losses = self._cross_entropy(outputs.last_hidden_state, labels, **kwargs)
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL) if shift_labels is None else shift_labels
+            ce_loss, sequence_ce_losses = self._cross_entropy(outputs.last_hidden_state, targets, **kwargs)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-            ce_loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
+            ce_loss = None
+            if labels is not None:
+                ce_loss = self.loss_function(logits, labels, self.vocab_size, shift_labels=shift_labels, **kwargs)
             sequence_ce_losses = None
         result = MoECausalLMOutput(
             # Given at once: an output's entries are ordered as they come, and `loss` is the first by convention.
@@ -530,18 +557,18 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             self._describe_routing(result, outputs, token_mask, tokens_per_expert, output_router_statistics)
             if num_tokens_in_batch is None and kwargs.get("num_items_in_batch") is not None:
                 num_tokens_in_batch = self._estimate_num_tokens(token_mask, labels, kwargs["num_items_in_batch"])
-            self._add_router_losses(result, outputs, token_mask, num_tokens_in_batch)
+            self._add_router_losses(result, outputs, token_mask, num_tokens_in_batch, kwargs.get("shared_sequence"))
         return result
 
     def _cross_entropy(
         self,
         hidden_states: torch.Tensor,
-        labels: torch.Tensor,
+        targets: torch.Tensor,
         num_items_in_batch: torch.Tensor | float | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return what `loss_function` returns for the logits, and without gradients `(B,)` sums of the sequences."""
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).to(hidden_states.device)
+        targets = targets.to(hidden_states.device)
         tokens = hidden_states.flatten(0, 1)
         if torch.is_grad_enabled():
             total, by_sequence = self.lm_head(tokens, targets.flatten()), None
@@ -611,14 +638,18 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         outputs: MoEModelOutput,
         token_mask: torch.Tensor,
         num_tokens_in_batch: torch.Tensor | float | None,
+        shared_sequence: SharedSequence | None,
     ) -> None:
-        config = self.config
+        config, tokens_per_expert = self.config, result.tokens_per_expert
+        if shared_sequence is not None and (config.router_aux_loss_scope != "global" or not self.training):
+            # What is balanced are sequences, not this rank's pieces of them.
+            tokens_per_expert = shared_sequence.sum(tokens_per_expert)
         # Evaluation uses local statistics: ranks with uneven batches must never wait for each other. Nor is it worth a
         # message what a loss would be that is none.
         reduces = self.training and (config.has_balancing_loss or num_tokens_in_batch is None)
         losses = router_losses(
             outputs.router_logits,
-            result.tokens_per_expert,
+            tokens_per_expert,
             token_mask,
             scope=config.router_aux_loss_scope,
             num_tokens_in_batch=num_tokens_in_batch,

@@ -124,6 +124,8 @@ def _family(name: str) -> str:
 def _collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     length = max(len(row["input_ids"]) for row in rows)
     fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    if "position_ids" in rows[0]:
+        fill["position_ids"] = 0
     return {
         key: torch.tensor([row[key] + [value] * (length - len(row[key])) for row in rows])
         for key, value in fill.items()
@@ -144,9 +146,10 @@ def _loss_of_step(
     for pieces in micro_batches:
         router_logits = []
         for piece in pieces:
-            output = model(
-                input_ids=piece["input_ids"], attention_mask=piece["attention_mask"], output_router_logits=True
-            )
+            # Packed rows have no padding: only without a mask and a cache do positions tell where documents begin.
+            seen = "position_ids" if "position_ids" in piece else "attention_mask"
+            ids = piece["input_ids"]
+            output = model(input_ids=ids, **{seen: piece[seen]}, use_cache=False, output_router_logits=True)
             summed = F.cross_entropy(
                 output.logits[:, :-1].float().reshape(-1, output.logits.shape[-1]),
                 piece["labels"][:, 1:].reshape(-1),

@@ -232,11 +232,13 @@ def _data_rows(data: TrainingData, num_tokens: int | None) -> dict[str, str]:
 
 def _recipe(args: TrainingArguments, topology: Topology | None) -> str:
     readers = args.world_size if topology is None else topology.num_data_ranks
+    shared = args.world_size // readers
+    processes = f"{readers} " + ("processes" if shared == 1 else f"groups of {shared} processes")
     text = (
         f"Learning rate {args.learning_rate}, {args.lr_scheduler_type.value} schedule, "
         f"weight decay {args.weight_decay}, "
         f"{args.per_device_train_batch_size} sequences per device × {args.gradient_accumulation_steps} "
-        f"accumulation steps × {readers} processes, seed {args.seed}."
+        f"accumulation steps × {processes}, seed {args.seed}."
     )
     return text if topology is None else f"{text} Layout: {topology.describe()}."
 

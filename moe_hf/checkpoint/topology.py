@@ -63,8 +63,9 @@ class Topology:
 
     @property
     def num_data_ranks(self) -> int:
-        """How many different rows are read at a time; ranks that share matrices read the same."""
-        return self.world_size // self.tensor_parallel_size
+        """How many ranks read rows of their own; those that share matrices, sequences or layers read the same."""
+        shared = self.tensor_parallel_size * self.sequence_parallel_size * self.pipeline_parallel_size
+        return self.world_size // shared
 
     def describe(self) -> str:
         """Return the layout in words, such as `2 processes, ZeRO 3, EP 2, bfloat16`."""

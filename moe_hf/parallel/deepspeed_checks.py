@@ -22,8 +22,9 @@ from moe_hf.parallel.deepspeed_config import (
 )
 from moe_hf.parallel.deepspeed_schema import as_json, check_deepspeed_keys, check_deepspeed_values
 from moe_hf.parallel.muon import check_muon, uses_muon
-from moe_hf.parallel.parallel_sizes import ParallelSizes, parallel_sizes
+from moe_hf.parallel.parallel_sizes import parallel_sizes
 from moe_hf.parallel.placement import warn_of_groups_across_machines
+from moe_hf.parallel.sequence_parallel import check_combinations
 from moe_hf.parallel.tensor_parallel_checks import check_tensor_parallel_json
 
 PRESET_NAME = "moe_hf"
@@ -39,10 +40,7 @@ _LAYOUT_KEYS = re.compile(r"preset_model|\w+_pattern|\w+_attr|expert_w\d|expert_
 _HARMLESS = {"load_balance_coeff": None, "preset_model": PRESET_NAME, "score_apply": "post"}
 
 # Sizes of the other kinds of parallelism, which this package does not build, gather or export yet.
-_SIZES_OF_OTHER_PARALLELISM = (
-    "sequence_parallel_size",
-    "pipeline.stages",
-)
+_SIZES_OF_OTHER_PARALLELISM = ("pipeline.stages",)
 
 
 def check_deepspeed_config(
@@ -82,7 +80,7 @@ def check_deepspeed_config(
     check_deepspeed_values(config)
     _check_precision(config, bf16=bf16, fp16=fp16)
     check_tensor_parallel_json(config)
-    num_data_ranks = ParallelSizes(tensor=parallel_sizes(config).tensor).data_parallel_size(world_size)
+    num_data_ranks = parallel_sizes(config).data_parallel_size(world_size)
     _check_batch_sizes(config, num_data_ranks, per_device_train_batch_size, gradient_accumulation_steps)
     _check_gradient_clipping(config, max_grad_norm or 0.0)
     _check_optimizer(config, learning_rate)
@@ -232,6 +230,7 @@ def _check_routing_is_ours(config: Config) -> None:
 
 
 def _check_other_parallelism(config: Config) -> None:
+    check_combinations(config)
     for key in _SIZES_OF_OTHER_PARALLELISM:
         size = lookup(config, key, 1)
         if not is_int(size) or size > 1:

@@ -15,6 +15,7 @@ _INTEGRATION_POINTS = {
         "deepspeed.module_inject.auto_ep_presets.registry": ("PRESET_MODELS", "_PRESET_ADAPTERS"),
         "deepspeed.checkpoint.constants": ("DS_AUTOTP_UC_META",),
         "deepspeed.runtime.engine": ("DeepSpeedEngine._take_model_step", "DeepSpeedEngine.was_step_applied"),
+        "deepspeed.runtime.sequence_parallel.ulysses_sp": ("UlyssesSPAttentionHF",),
         "deepspeed.runtime.zero.stage_1_and_2": ("DeepSpeedZeroOptimizer.get_grad_norm_direct",),
         "deepspeed.utils.groups": ("_get_data_parallel_group", "get_tensor_model_parallel_group"),
     },

@@ -6,6 +6,7 @@ Shape letters: B sequences of a batch, N of an evaluation's step over all ranks,
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,23 +18,30 @@ from ..modeling_outputs import MoECausalLMOutput
 from .telemetry.balance import balance_of, load_shares
 from .telemetry.loads import LatestLoads
 
+if TYPE_CHECKING:
+    from ..parallel.ulysses import UlyssesSequence
+
 # Summed cross-entropy, number of predicted tokens, balancing loss, z-loss.
 _NUM_LOSS_COLUMNS = 4
 
 
 def sample_statistics(
-    outputs: MoECausalLMOutput, labels: torch.Tensor, attention_mask: torch.Tensor | None = None
+    outputs: MoECausalLMOutput,
+    labels: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    shift_labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return what is known of each sample, `(B, 4)` float32, or `(B, 5 + 2 * L + L * E)` where there are routers.
 
-    The outputs are those of a forward pass with labels and `skip_logits`, without gradients.
+    The outputs are those of a forward pass with labels and `skip_logits`, without gradients. Where samples are pieces
+    of sequences, `shift_labels` are the tokens they are to predict.
 
     One row for every sample, so that the duplicates that even out the last batch over ranks can be dropped: summed
     cross-entropy, number of predicted tokens, balancing loss and z-loss of its batch; then the number of unmasked
     tokens, their summed entropy and largest logit in each layer, and its assignments, whole numbers that float32 holds
     exactly.
     """
-    targets, ce = labels[:, 1:], outputs.sequence_ce_losses
+    targets, ce = labels[:, 1:] if shift_labels is None else shift_labels, outputs.sequence_ce_losses
     router = [loss if loss is not None else ce.new_zeros(()) for loss in (outputs.aux_loss, outputs.z_loss)]
     columns = [ce, targets.ne(-100).sum(dim=1).float(), *(loss.float().expand_as(ce) for loss in router)]
     statistics = torch.stack(columns, dim=1)
@@ -62,6 +70,20 @@ def gather_once(accelerator: Accelerator, num_copies: int) -> Iterator[None]:
         yield
     finally:
         del accelerator.gather
+
+
+def join_pieces(statistics: torch.Tensor, shared: "UlyssesSequence", num_layers: int) -> torch.Tensor:
+    """Return the `sample_statistics` of whole sequences from those of their pieces (a collective call).
+
+    Args:
+        statistics: of this rank's pieces; their losses are shares that add up.
+        shared: the ranks with the other pieces.
+        num_layers: sparse layers.
+    """
+    joined, largest = shared.sum(statistics), shared.max(statistics)
+    logits = slice(_NUM_LOSS_COLUMNS + 1 + num_layers, _NUM_LOSS_COLUMNS + 1 + 2 * num_layers)
+    joined[:, logits] = largest[:, logits]
+    return joined
 
 
 class EvaluationMetrics:

@@ -1,6 +1,7 @@
 """The part of the Trainer that measures: what is added up in each step, what log entries and evaluations tell."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from tqdm.auto import tqdm
@@ -9,7 +10,7 @@ from transformers import IntervalStrategy
 from ..parallel.gradient_norms import GradientNorms
 from ..parallel.processes import rank
 from .checkpointing import CheckpointingTrainer
-from .evaluation import EvaluationMetrics, gather_once, sample_statistics
+from .evaluation import EvaluationMetrics, gather_once, join_pieces, sample_statistics
 from .flash_attention import document_bounds
 from .telemetry.attention_sink import AttentionSink
 from .telemetry.console import ConsoleCallback, PlainConsoleCallback
@@ -106,7 +107,8 @@ class MeasuringTrainer(CheckpointingTrainer):
         """As in `Trainer`; flash attention is told where the documents of packed rows begin."""
         inputs = super()._prepare_inputs(inputs)
         is_flash = "flash" in self.accelerator.unwrap_model(self.model).config._attn_implementation
-        return {**inputs, **document_bounds(inputs)} if is_flash else inputs
+        # Pieces of rows were told when the rows were cut.
+        return {**inputs, **document_bounds(inputs)} if is_flash and "shared_sequence" not in inputs else inputs
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As in `Trainer`; after the last micro-batch of a step that is logged the gradient is measured."""
@@ -128,6 +130,9 @@ class MeasuringTrainer(CheckpointingTrainer):
         if not self._measures_attention:
             return nullcontext()
         self._measures_attention = False
+        if (shared := inputs.get("shared_sequence")) is not None:
+            places = shared.position_ids
+            return self._attention_sink.measure(places, shared.attention_mask, places, shared.whole)
         return self._attention_sink.measure(
             inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids")
         )
@@ -156,12 +161,19 @@ class MeasuringTrainer(CheckpointingTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Return statistics of every sample instead of logits; `EvaluationMetrics` adds them up."""
-        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs, skip_logits=True, output_router_statistics=True)
-        statistics = sample_statistics(outputs, inputs["labels"], inputs.get("attention_mask"))
+            statistics = self._evaluate_together(self._prepare_inputs(inputs), partial(self._sample_statistics, model))
         # Trainer computes metrics only where there are labels; ours are already in the statistics.
         return None, statistics, torch.zeros_like(statistics[:, 0])
+
+    def _sample_statistics(self, model, inputs: dict) -> torch.Tensor:
+        shared = inputs.get("shared_sequence")
+        # Of pieces, each loss is then a share of the sequences'.
+        num_tokens = None if shared is None else shared.sum(num_unmasked(inputs))
+        outputs = model(**inputs, num_tokens_in_batch=num_tokens, skip_logits=True, output_router_statistics=True)
+        columns = (inputs.get(name) for name in ("attention_mask", "shift_labels"))
+        statistics = sample_statistics(outputs, inputs["labels"], *columns)
+        return statistics if shared is None else join_pieces(statistics, shared, self.model.config.num_sparse_layers)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """As in `Trainer`, but training goes on with the random numbers that it would have had without."""

@@ -36,6 +36,7 @@ from ..parallel.engine import join_process_group
 from ..parallel.failure import FailureRelay
 from ..parallel.parallel_sizes import parallel_sizes
 from ..parallel.processes import raise_together, world_size
+from ..parallel.sequence_parallel import as_data_parallel, check_block_size, check_sequence_parallel
 from ..parallel.shared_memory import remove_shared_buffers
 from ..parallel.tensor_parallel import loading_whole_weights, with_split_plan
 from ..parallel.tensor_parallel_checks import check_tensor_parallel_model, check_tensor_parallel_run
@@ -53,6 +54,7 @@ from .precision_arguments import has_fp16
 from .resuming import ResumeChoice
 from .router_optimizer import router_grouping
 from .schedule_checks import check_schedule
+from .sequence_parallel import check_sequence_flags
 from .stream_training import check_streaming, lay_out
 from .trainer import MoETrainer
 from .vocabulary import never_generate_padding, pad_vocabulary
@@ -98,11 +100,18 @@ def build_trainer(argv: list[str], relay: FailureRelay, description: str | None 
     deepspeed_json = _checked_deepspeed_json(namespace, config)
     topology = _topology(namespace, config, deepspeed_json)
     check_data_arguments(data_args)
+    sizes = parallel_sizes(deepspeed_json)
     check_streaming(namespace, data_args, topology.num_data_ranks)
+    check_sequence_flags(namespace, sizes.sequence)
+    if deepspeed_json is not None:
+        check_sequence_parallel(deepspeed_json, config, model_args.attn_implementation)
+        deepspeed_json = as_data_parallel(deepspeed_json)
+    if data_args.block_size is not None:
+        check_block_size(data_args.block_size, sizes.sequence)
     check_output_folder(namespace)
     choice = ResumeChoice(namespace, topology, config)
 
-    replaced = {"deepspeed": deepspeed_json}
+    replaced = {"deepspeed": deepspeed_json, "sequence_parallel_size": sizes.sequence}
     if deepspeed_json is not None:
         replaced["deepspeed"] = with_split_plan(deepspeed_json)
         _remove_what_killed_runs_have_left()
@@ -125,6 +134,7 @@ def build_trainer(argv: list[str], relay: FailureRelay, description: str | None 
 
     tokenizer = _load_tokenizer(args, model_args, data_args, config)
     block_size = resolve_block_size(data_args, tokenizer, config.max_position_embeddings)
+    check_block_size(block_size, sizes.sequence)
     train_dataset, eval_dataset = _load_data(args, data_args, tokenizer, config, block_size, topology)
     if weights is not None:
         with args.main_process_first(desc="weights"):
@@ -140,7 +150,7 @@ def build_trainer(argv: list[str], relay: FailureRelay, description: str | None 
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=CausalLMCollator(pad_token_id=tokenizer.pad_token_id or 0),
+            data_collator=CausalLMCollator(tokenizer.pad_token_id or 0, pad_to_multiple_of=sizes.sequence),
             processing_class=tokenizer,
         )
     except UserError:

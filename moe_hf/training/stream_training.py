@@ -4,23 +4,23 @@ import argparse
 from pathlib import Path
 
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from ..data.arguments import DataArguments
 from ..data.stream_position import has_position, read_position, write_position
 from ..data.streaming import StreamLoader, TokenStream
 from ..errors import CheckpointError, ConfigError
-from ..parallel.processes import world_size
 from .preemption import spare_workers
+from .sequence_parallel import SequenceParallelTrainer
 
 
-def check_streaming(namespace: argparse.Namespace, data_args: DataArguments, num_readers: int | None = None) -> None:
+def check_streaming(namespace: argparse.Namespace, data_args: DataArguments, num_readers: int) -> None:
     """Refuse what does not go with an endless training set, before there is a process group.
 
     Args:
-        namespace: the command line.
+        namespace: of the command line.
         data_args: of the run.
-        num_readers: processes that read different rows, by default all.
+        num_readers: processes that read rows of their own.
 
     Raises:
         ConfigError: Nobody says when to stop, or some processes would read more parts than others.
@@ -29,11 +29,11 @@ def check_streaming(namespace: argparse.Namespace, data_args: DataArguments, num
         return
     if namespace.max_steps <= 0:
         raise ConfigError("--streaming reads without end; say how long to train with --max_steps.")
-    parts, num_processes = data_args.streaming_partitions, num_readers or world_size()
-    if parts is not None and parts % num_processes:
+    parts = data_args.streaming_partitions
+    if parts is not None and parts % num_readers:
         raise ConfigError(
-            f"streaming_partitions={parts} cannot be dealt out evenly to {num_processes} processes; use a multiple of "
-            f"{num_processes}."
+            f"streaming_partitions={parts} cannot be dealt out evenly to {num_readers} processes; use a multiple of "
+            f"{num_readers}."
         )
 
 
@@ -58,7 +58,7 @@ def lay_out(
         stream.check_start()
 
 
-class StreamingTrainer(Trainer):
+class StreamingTrainer(SequenceParallelTrainer):
     """`Trainer` that reads a `TokenStream` as it is divided, and keeps the place in it in every checkpoint."""
 
     def __init__(self, **kwargs) -> None:

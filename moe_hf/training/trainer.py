@@ -64,7 +64,8 @@ class MoETrainer(MeasuringTrainer):
         self._num_tokens_in_batch = num_tokens
         self._position.read(batches)
         if batches:
-            self._begin_step(batches[0]["input_ids"].shape[1])
+            shared = batches[0].get("shared_sequence")
+            self._begin_step((batches[0]["input_ids"] if shared is None else shared.position_ids).shape[1])
         return batches, num_items_in_batch
 
     def _sum_over_data_ranks(self, count: torch.Tensor) -> torch.Tensor:

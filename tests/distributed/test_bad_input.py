@@ -255,6 +255,18 @@ DEEPSPEED = [
     with_json(
         "ep_indivisible_experts", "num_experts=3 cannot be split over expert_parallel_size=2; use 1", {"num_experts": 3}
     ),
+    with_json(
+        "sp_indivisible_heads",
+        "sequence_parallel_size=2 cannot share num_attention_heads=3 and num_key_value_heads=1; use 1 or 3",
+        {"config_overrides": "num_attention_heads=3,num_key_value_heads=1,head_dim=8", "sequence_parallel_size": 2},
+    ),
+    with_json(
+        "sp_with_tp",
+        "tensor_parallel.autotp_size=2 does not combine with sequence_parallel_size=2",
+        sequence_parallel_size=2,
+        tensor_parallel={"autotp_size": 2},
+        ranks=4,
+    ),
     with_json("ep_indivisible_world", "world_size=3 is no multiple of expert_parallel_size=2; use 1", ranks=3),
     with_json(
         "ep_larger_than_world", "expert_parallel_size=4 is larger than world_size=2", {"expert_parallel_size": 4}

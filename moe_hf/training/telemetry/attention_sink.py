@@ -4,7 +4,7 @@ Measured from queries and keys, so with any attention implementation, and on a s
 Shape letters: B batch, S sequence, N sampled queries, D head size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -43,7 +43,11 @@ class AttentionSink:
 
     @contextmanager
     def measure(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        whole: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> Iterator[None]:
         """Measure the first sequence of the one forward pass inside; recomputation comes later and is not seen.
 
@@ -51,6 +55,8 @@ class AttentionSink:
             input_ids: `(B, S)`, the batch of this pass, as the two others.
             attention_mask: `(B, S)`, 0 on padding.
             position_ids: `(B, S)`.
+            whole: makes `(heads, S, D)` of the piece that this rank computes; then the batch given here is the whole
+                one, and every rank with a piece measures the same.
         """
         mask, places = (None if x is None else x[0] for x in (attention_mask, position_ids))
         sampled = sample_queries(torch.ones_like(input_ids[0]) if mask is None else mask, mask is None, places)
@@ -58,10 +64,12 @@ class AttentionSink:
 
         def record(attention: MoEAttention):
             def hook(tap, inputs, outputs) -> None:
-                query, key = inputs
+                query, key = (x[0].detach() for x in inputs)
+                if whole is not None:
+                    query, key = whole(query), whole(key)
                 # Under tensor parallelism these are not all heads of the model.
-                self._num_weights = len(sampled.positions) * query.shape[1]
-                self._masses.append(first_token_mass(query[0].detach(), key[0].detach(), attention.scaling, sampled))
+                self._num_weights = len(sampled.positions) * len(query)
+                self._masses.append(first_token_mass(query, key, attention.scaling, sampled))
 
             return hook
 

@@ -23,6 +23,8 @@ SHIPPED = [
 ]
 # They make other steps: distributed/test_precision.py runs them.
 WITH_OPTIMIZERS = {"zero2_muon", "zero2_ep_cpu_adam"}
+# Its ranks share rows: distributed/test_sequence_parallel.py runs it.
+WITH_SHARED_ROWS = {"ulysses_zero2_ep"}
 
 # A run that fits every shipped file: 4 ranks, 8 experts in each of 3 sparse layers.
 RUN = {
@@ -83,7 +85,8 @@ def test_shipped_files_pass_and_leave_the_argument_unchanged(path):
     assert not {"optimizer", "scheduler"} & set(config)
 
 
-RECIPES = sorted({path for path in FOLDER.glob("*.json") if path.stem not in WITH_OPTIMIZERS} - set(SHIPPED))
+OTHERS = WITH_OPTIMIZERS | WITH_SHARED_ROWS
+RECIPES = sorted({path for path in FOLDER.glob("*.json") if path.stem not in OTHERS} - set(SHIPPED))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -97,6 +100,7 @@ def test_files_of_recipes_fit_their_presets_on_sixteen_ranks(path):
     "changes",
     [
         {},
+        dc.read_deepspeed_json(FOLDER / "ulysses_zero2_ep.json"),
         {"expert_parallel": None},
         {"expert_parallel": {"enabled": False, "score_func": "sigmoid"}},
         {"expert_parallel.load_balance_coeff": 0, "expert_parallel.enabled": False},
@@ -105,6 +109,7 @@ def test_files_of_recipes_fit_their_presets_on_sixteen_ranks(path):
         {"tensor_parallel.autotp_size": 2, "train_batch_size": 12},
         {"train_batch_size": 24, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3},
         {"train_batch_size": 24, "train_micro_batch_size_per_gpu": None},
+        {"train_batch_size": 12, "sequence_parallel_size": 2},
         {"gradient_clipping": 1, "bf16.enabled": True, "fp16": None},
         {"gradient_clipping": None},
         {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0.1, "torch_adam": True}}},
@@ -314,7 +319,22 @@ def test_contradictions_are_refused(changes, run, sentence):
             "world_size=4 is no multiple of tensor_parallel_size=3; start a multiple of 3 ranks",
         ),
         ({"tensor_parallel": {"tp": {"tp_size": 2}}}, {}, 'tensor_parallel.tp={"tp_size": 2} must be left out'),
-        ({"sequence_parallel_size": 2}, {}, "sequence_parallel_size=2 is not supported"),
+        (
+            {"sequence_parallel_size": 3},
+            {},
+            "world_size=4 is no multiple of sequence_parallel_size=3; start",
+        ),
+        (
+            {"sequence_parallel_size": 2, "train_batch_size": 24},
+            {},
+            "train_batch_size=24 contradicts --per_device_train_batch_size 2 x --gradient_accumulation_steps 3"
+            ' x data_parallel_size 2 = 12; write "auto" or 12',
+        ),
+        (
+            {"sequence_parallel_size": 2, "pipeline": {"stages": 2}},
+            {},
+            "pipeline.stages=2 does not combine with sequence_parallel_size=2",
+        ),
         ({"pipeline": {"stages": 2}}, {}, "pipeline.stages=2 is not supported"),
         (
             {"expert_parallel.expert_tensor_parallel_size": 2},

@@ -1,6 +1,7 @@
 """Evaluation is over tokens: sums of every sample, added by a loop here."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import EvalPrediction
 from moe_hf import MoEForCausalLM
 from moe_hf.data.collator import CausalLMCollator
 from moe_hf.modeling_outputs import MoECausalLMOutput
-from moe_hf.training.evaluation import EvaluationMetrics, gather_once, sample_statistics
+from moe_hf.training.evaluation import EvaluationMetrics, gather_once, join_pieces, sample_statistics
 from moe_hf.training.telemetry.loads import LatestLoads
 
 
@@ -256,3 +257,13 @@ def test_rows_that_several_ranks_have_are_gathered_once():
     assert len(accelerator.gather(rows)) == 12
     with gather_once(accelerator, 1):
         assert len(accelerator.gather(rows)) == 12
+
+
+def test_pieces_join_to_whole_sequences():
+    """All is added up but the largest logits, here of two layers."""
+    pieces = [torch.tensor([row_of([1.0, 2.0, 0.5, 0.25], [3.0] * 8, 4.0)]) for _ in range(2)]
+    pieces[0][0, 7:9], pieces[1][0, 7:9] = torch.tensor([1.0, 9.0]), torch.tensor([5.0, 6.0])
+    shared = SimpleNamespace(sum=lambda _: pieces[0] + pieces[1], max=lambda _: torch.maximum(*pieces))
+    expected = row_of([2.0, 4.0, 1.0, 0.5], [6.0] * 8, 8.0)
+    expected[7:9] = 5.0, 9.0
+    assert join_pieces(pieces[0], shared, 2).tolist() == [pytest.approx(expected)]
