@@ -120,6 +120,11 @@ def build_trainer(argv: list[str], relay: FailureRelay, description: str | None 
     finally:
         # Also when it fails, because by then it may have started the process group.
         relay.watch()
+    if args.accelerator_config.dispatch_batches and topology.tensor_parallel_size > 1:
+        raise ConfigError(
+            "accelerator_config dispatch_batches=true would give all ranks the same rows with tensor_parallel_size="
+            f"{topology.tensor_parallel_size}; leave it out."
+        )
     if args.n_gpu > 1:
         raise ConfigError(f"One process cannot use {args.n_gpu} GPUs; start with: deepspeed run_clm_moe.py ….")
     if deepspeed_json is not None:

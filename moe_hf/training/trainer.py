@@ -54,13 +54,11 @@ class MoETrainer(MeasuringTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As in `Trainer`, and count the unmasked tokens of the whole batch, which the router losses are means over."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        num_tokens = sum(num_unmasked(batch) for batch in batches)
-        if batches and self.args.average_tokens_across_devices and self.args.world_size > 1:
-            num_tokens = self._sum_over_data_ranks(num_tokens.to(device))
-            if self._topology.tensor_parallel_size > 1:
-                # Not all versions of Trainer count the labels of ranks that read the same rows once.
-                num_labels = sum(batch["labels"][..., 1:].ne(-100).sum() for batch in batches)
-                num_items_in_batch = self._sum_over_data_ranks(num_labels.to(device))
+        num_tokens = self._in_whole_batch(sum(num_unmasked(batch) for batch in batches), device)
+        if batches and self._topology.tensor_parallel_size > 1:
+            # Trainer does not count the labels of ranks that read the same rows once in all versions and settings.
+            num_labels = sum(batch["labels"][..., 1:].ne(-100).sum() for batch in batches)
+            num_items_in_batch = self._in_whole_batch(num_labels, device)
         self._num_tokens_in_batch = num_tokens
         self._position.read(batches)
         if batches:
@@ -68,8 +66,17 @@ class MoETrainer(MeasuringTrainer):
             self._begin_step((batches[0]["input_ids"] if shared is None else shared.position_ids).shape[1])
         return batches, num_items_in_batch
 
-    def _sum_over_data_ranks(self, count: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.gather(count).sum() // self._topology.tensor_parallel_size
+    def _in_whole_batch(self, count: torch.Tensor | int, device: torch.device) -> torch.Tensor | int:
+        """Add up a count over the ranks, where they count together; those that share matrices have counted the same."""
+        if not (torch.is_tensor(count) and self.args.average_tokens_across_devices and self.args.world_size > 1):
+            return count
+        return self.accelerator.gather(count.to(device)).sum() // self._topology.tensor_parallel_size
+
+    def _track_num_input_tokens(self, inputs) -> None:
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)
+        seen = self.state.num_input_tokens_seen - before
+        self.state.num_input_tokens_seen = before + seen // self._topology.tensor_parallel_size
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As in `Trainer`, with the count of tokens handed to the model."""
