@@ -89,3 +89,20 @@ def test_labels_of_pieces_are_not_shifted_again(pieces, skip_logits):
         for piece in pieces(batch, 2)
     ]
     torch.testing.assert_close(sum(parts), whole)
+
+
+def test_repeated_heads_of_keys_are_repeated_in_shared_rows_only():
+    """Ulysses tells the module that its rank has fewer groups, and the module attends by itself again afterwards."""
+    sequence = ulysses.UlyssesSequence(None, None, torch.arange(6).expand(2, 6))
+    seen = []
+
+    def attend_with_half_the_groups(module, query, key, value, mask, **kwargs):
+        seen.append(mask)
+        module.num_key_value_groups = 2
+        return torch.arange(2.0 * 3 * 32).reshape(2, 3, 32), None
+
+    sequence._ulysses, sequence._mask = attend_with_half_the_groups, "whole"
+    module, query = SimpleNamespace(num_key_value_groups=4), torch.zeros(2, 4, 3, 8)
+    output, _ = sequence.attend(None, module, query, query[:, :1], query[:, :1], "of the piece")
+    assert module.num_key_value_groups == 4 and seen == ["whole"]
+    assert output.shape == (2, 3, 4, 8) and torch.equal(output[1, 2, 3], torch.arange(184.0, 192.0))
