@@ -185,8 +185,8 @@ def _lines(name: str, plan) -> Iterator[str]:
     yield from _table("GB of a step, each rank", ("message", "sent", "ranks", "seconds"), _messages(plan))
     yield ""
     yield (
-        f"step        {time.seconds:.2f} s by estimate on {plan.hardware.name}: {time.computing:.2f} computing beside "
-        f"{time.beside:.2f} of messages, {time.waiting:.2f} waiting, {time.stepping:.2f} optimizer"
+        f"step        {time.seconds:.3g} s by estimate on {plan.hardware.name}: {time.computing:.3g} computing beside "
+        f"{time.beside:.3g} of messages, {time.waiting:.3g} waiting, {time.stepping:.3g} optimizer"
     )
     speed = time.tokens_per_second
     yield f"speed       {speed:,.0f} tokens/s, {speed / setting.world_size:,.0f} a GPU"
@@ -221,7 +221,7 @@ def _memory(plan) -> Iterator[tuple[str, ...]]:
 def _messages(plan) -> Iterator[tuple[str, ...]]:
     for message in sorted(plan.messages, key=lambda m: -m.sent):
         beside = "" if message.waits else ", beside computation"
-        cells = _gb(message.message), _gb(message.sent), str(message.ranks), f"{plan.seconds_of(message):.2f}"
+        cells = _gb(message.message), _gb(message.sent), str(message.ranks), f"{plan.seconds_of(message):.3f}"
         yield f"{message.operation}: {message.purpose}{beside}", *cells
 
 
@@ -236,7 +236,7 @@ def _ranked(arguments: argparse.Namespace, candidates: list) -> Iterator[str]:
         ep = setting.ep_size or "off"
         sizes = (setting.zero.stage, ep, setting.tp_size, setting.micro_batch, setting.accumulation)
         speed = f"{plan.time.tokens_per_second:,.0f}"
-        rows.append((f"{len(rows) + 1}", *map(str, sizes), _gb(plan.peak), f"{plan.time.seconds:.2f}", speed))
+        rows.append((f"{len(rows) + 1}", *map(str, sizes), _gb(plan.peak), f"{plan.time.seconds:.3g}", speed))
     columns = ("ZeRO", "EP", "TP", "micro-batch", "accumulation", "GB", "s a step", "tokens/s")
     yield from _table("", columns, rows)
     best = candidates[0].plan.setting

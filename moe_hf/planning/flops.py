@@ -1,8 +1,10 @@
 """FLOPs of one token in training."""
 
+import functools
+import json
 from dataclasses import dataclass
 
-from ..checkpoint.model_card import active_parameters
+from ..checkpoint.model_card import ParameterCount, active_parameters
 from ..configuration_moe import MoEConfig
 
 
@@ -37,6 +39,16 @@ def flops_per_token(config: MoEConfig, sequence_length: int) -> TokenFlops:
         sequence_length: tokens of a row (S).
     """
     return TokenFlops(
-        matmul=6 * active_parameters(config).in_matrices,
+        matmul=6 * count_parameters(config).in_matrices,
         attention=6 * config.num_hidden_layers * sequence_length * config.num_attention_heads * config.head_dim,
     )
+
+
+def count_parameters(config: MoEConfig) -> ParameterCount:
+    """Count a model's parameters, as `active_parameters` does, but only once: a search asks often."""
+    return _count(config.to_json_string())
+
+
+@functools.lru_cache(maxsize=4)
+def _count(text: str) -> ParameterCount:
+    return active_parameters(MoEConfig.from_dict(json.loads(text)))

@@ -1,7 +1,7 @@
 """The order in which the modules of a model run in one micro-batch, backward passes and recomputation included.
 
 ZeRO 3 acts whenever a module begins, also one without weights of its own, which here is an empty list. The order was
-read off from what DeepSpeed fetched in real engines, and `tests/unit/planning/test_gathering.py` reads it off again.
+read off from what DeepSpeed fetches in real engines, and `tests/unit/planning/test_gathering.py` reads it off again.
 """
 
 import itertools

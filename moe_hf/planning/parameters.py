@@ -16,9 +16,7 @@ from .setting import Setting
 MAX_GROUP_SIZE = 178_956_971
 
 # Matrices that tensor parallelism divides: by rows of the output, or by columns of the input.
-_DIVIDED = re.compile(
-    r"\.(self_attn\.(q|k|v|o|gate)_proj|mlp\.((shared_experts|)\.?(gate|up|down)_proj))\.(weight|bias)$"
-)
+_DIVIDED = re.compile(r"\.(self_attn\.(q|k|v|o|gate)|mlp\.(shared_experts\.)?(gate|up|down))_proj\.(weight|bias)$")
 
 # As the Trainer tells which parameters do not decay.
 _NOT_DECAYED = re.compile(r"bias|layernorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")

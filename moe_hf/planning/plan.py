@@ -2,11 +2,11 @@
 
 from dataclasses import asdict, dataclass
 
-from ..checkpoint.model_card import ParameterCount, active_parameters
+from ..checkpoint.model_card import ParameterCount
 from ..configuration_moe import MoEConfig
 from .activations import activation_amounts
 from .communication import Collective, collectives
-from .flops import TokenFlops, flops_per_token
+from .flops import TokenFlops, count_parameters, flops_per_token
 from .gathering import Gathering, gathering
 from .hardware import Hardware
 from .memory import COMPUTING, GPU, HOST, Amount, peak
@@ -120,7 +120,7 @@ def make_plan(
         setting=setting,
         hardware=hardware,
         gpu_memory=hardware.memory if gpu_memory is None else gpu_memory,
-        parameters=active_parameters(config),
+        parameters=count_parameters(config),
         flops=flops_per_token(config, setting.sequence_length),
         amounts=[*states, *buffers],
         messages=messages,

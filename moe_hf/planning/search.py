@@ -69,7 +69,8 @@ def search(
             plan = make_plan(config, replace(setting, accumulation=accumulation), hardware, gpu_memory, efficiency)
             if plan.fits:
                 found.append(Candidate(deepspeed_json | sizes, plan))
-    return sorted(found, key=lambda c: (round(c.plan.time.seconds, 2), c.plan.peak))
+    # Of those that are as fast, as far as such an estimate tells, the one that needs least.
+    return sorted(found, key=lambda c: (float(f"{c.plan.time.seconds:.3g}"), c.plan.peak))
 
 
 def _layouts(config: MoEConfig, world_size: int, precision: str) -> Iterator[Config]:
