@@ -78,8 +78,7 @@ def test_json_of_mixtral_on_sixteen_gpus(capsys):
 
 
 def test_offloaded_states_are_on_the_host(capsys):
-    code, printed = plan(capsys, *words_for("train_70b_16gpu.sh"), "--json")
-    found = json.loads(printed)
+    found = json.loads(plan(capsys, *words_for("train_70b_16gpu.sh"), "--json")[1])
     share = found["parameters"]["total"] / 16
     assert found["host_bytes"] == pytest.approx(18 * share, rel=0.01)
     assert not [a for a in found["memory"] if a["kind"] == "optimizer" and a["place"] == "gpu"]
