@@ -1,72 +1,15 @@
 """Tokens per second, the share of the hardware's peak that they use (MFU), and the peak of memory."""
 
-import re
 import resource
 import sys
 import time
-from dataclasses import dataclass
 
 import torch
 
-from ...checkpoint.model_card import active_parameters
 from ...configuration_moe import MoEConfig
 from ...parallel.processes import world_size
-
-# Dense BF16 matmul peaks in TFLOP/s, without sparsity: from the data sheets of NVIDIA (H100, H200, A100, L40S, B200),
-# the architecture paper of Ada (RTX 4090, float32 accumulation) and the data sheet of AMD (MI300X). The first pattern
-# that fits counts. Devices cut into slices (MIG) have no peak of their own.
-_PEAK_TFLOPS = {
-    r"\bMIG\b": None,
-    r"\bH100 PCIe\b": 756.0,
-    r"\bH[12]00 NVL\b": 835.0,
-    r"\bH[12]00\b": 989.0,
-    r"\bA100\b": 312.0,
-    r"\bL40S\b": 362.0,
-    r"\bRTX 4090$": 165.0,
-    r"\bMI300X\b": 1307.0,
-    r"\bB200\b": 2250.0,
-}
-
-
-@dataclass(frozen=True)
-class TokenFlops:
-    """FLOPs of training on one token, forward and backward, without recomputation.
-
-    Args:
-        matmul: in the matrices that one token passes: 2 for each parameter forward, 4 backward.
-        attention: in the products of queries with keys and of attention weights with values.
-    """
-
-    matmul: int
-    attention: int
-
-    @property
-    def total(self) -> int:
-        """Sum of all parts."""
-        return self.matmul + self.attention
-
-
-def flops_per_token(config: MoEConfig, sequence_length: int) -> TokenFlops:
-    """Count the FLOPs of one token in training; only what a token really passes, so only its k experts.
-
-    Both products of attention cost 2 FLOPs for each query, key, head and element of a head: 4 S h d for a token, half
-    of it where attention is causal, and twice as much again backward: 3 * (4 S h d / 2) = 6 S h d for each layer. As
-    in the PaLM paper (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), which does not halve it. Packed rows count
-    as a whole, although attention does not cross their documents.
-
-    Args:
-        config: of the model.
-        sequence_length: tokens of a row (S).
-    """
-    return TokenFlops(
-        matmul=6 * active_parameters(config).in_matrices,
-        attention=6 * config.num_hidden_layers * sequence_length * config.num_attention_heads * config.head_dim,
-    )
-
-
-def peak_tflops_of(device_name: str) -> float | None:
-    """Return the dense BF16 peak of a GPU in TFLOP/s, by its name in CUDA or ROCm; `None` for an unknown one."""
-    return next((peak for pattern, peak in _PEAK_TFLOPS.items() if re.search(pattern, device_name)), None)
+from ...planning.flops import TokenFlops, flops_per_token
+from ...planning.hardware import peak_tflops_of
 
 
 def peak_memory_gib() -> float:

@@ -8,8 +8,10 @@ from small import small_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_hf import MoEForCausalLM
+from moe_hf.planning.flops import flops_per_token
+from moe_hf.planning.hardware import peak_tflops_of
 from moe_hf.training.telemetry import throughput as throughput_module
-from moe_hf.training.telemetry.throughput import Throughput, flops_per_token, peak_memory_gib, peak_tflops_of
+from moe_hf.training.telemetry.throughput import Throughput, peak_memory_gib
 
 
 @pytest.fixture
