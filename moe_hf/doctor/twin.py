@@ -21,8 +21,10 @@ _SHORTEST_ROW, _LONGEST_ROW = 6, 20
 # Large initial weights keep what the experts add visible beside the residual stream.
 _INITIALIZER_RANGE = 0.05
 # How far a token's embedding points to the first and to the last of its experts; every second token visits this one.
-_STRENGTHS = (4.0, 2.8)
+_STRENGTHS = (6.0, 5.0)
 _FAVOURITE = 0
+# Larger than other weights: so that the loss and the gradient's norm show what happens to experts.
+_EXPERTS_SCALE = 3.0
 # Chance would be another on every layout.
 _WITHOUT_CHANCE = {"attention_dropout": 0.0, "hidden_dropout": 0.0, "router_jitter_noise": 0.0}
 # Ways to say which layers are sparse, of which `mlp_layer_types` alone is kept.
@@ -90,6 +92,8 @@ def _point_tokens_to_experts(model: MoEForCausalLM) -> None:
     for layer in model.model.layers:
         if hasattr(layer.mlp, "gate"):
             layer.mlp.gate.weight.data = 0.2 * layer.mlp.gate.weight.data + directions
+            for weight in layer.mlp.experts.parameters():
+                weight.data *= _EXPERTS_SCALE
 
 
 def _save_tokenizer(vocab_size: int, folder: Path) -> None:
