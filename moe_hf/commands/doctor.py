@@ -86,11 +86,9 @@ def _doctor(arguments: argparse.Namespace) -> None:
     transformers_logging.disable_progress_bar()
     # On every machine without a GPU it warns that there is none.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-    # Python would end here and now, and leave the processes of the self-test behind.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     progress = _Progress()
     # What libraries print is no part of the report.
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), _ending_on_sigterm():
         report = examine(_request(arguments), progress)
     progress.end()
     if arguments.json:
@@ -128,6 +126,16 @@ def _request(arguments: argparse.Namespace):
         work_dir=arguments.work_dir,
         patience=arguments.timeout,
     )
+
+
+@contextlib.contextmanager
+def _ending_on_sigterm():
+    """Let SIGTERM end this process as Ctrl-C does; by itself it would leave the processes of the self-test behind."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _print_table(report) -> None:

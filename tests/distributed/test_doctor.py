@@ -60,7 +60,6 @@ def test_a_healthy_run_on_two_processes(tmp_path):
     assert all(measured["right"] for measured in numbers["exchange"].values()) and len(numbers["exchange"]) == 2
     for phase in ("one process", "joining the others", "training, step 1", "training, exporting", "resuming, step 3"):
         assert f"self-test: {phase} …" in said
-    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_*{os.getpid()}"))
 
     # What the doctor says that a checkpoint takes is what this one takes.
     checkpoint = tmp_path / "work" / "train" / "checkpoint-2"

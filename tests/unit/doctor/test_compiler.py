@@ -5,12 +5,18 @@ from torch.utils import cpp_extension
 
 from moe_hf.doctor import compiler
 from moe_hf.doctor.compiler import check_compiler
-from moe_hf.doctor.findings import ADVICE, OK, WRONG
+from moe_hf.doctor.findings import ADVICE, OK, WRONG, Finding
 from moe_hf.parallel import op_compiler
 
 
 def by_name(deepspeed_json=None) -> dict:
     return {finding.name: finding for finding in check_compiler(deepspeed_json)}
+
+
+@pytest.fixture
+def no_compilation(monkeypatch):
+    """For what is asked besides."""
+    monkeypatch.setattr(compiler, "_compile", lambda status: Finding("compiler", "C++", OK, "not tried"))
 
 
 @pytest.fixture
@@ -40,12 +46,12 @@ def test_a_compiler_that_fails(monkeypatch, tmp_path):
     assert finding.status == WRONG and "Python.h" in finding.found and "python3-dev" in finding.remedy
 
 
-def test_no_ninja(monkeypatch):
+def test_no_ninja(monkeypatch, no_compilation):
     monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: False)
     assert by_name()["ninja"].status == WRONG
 
 
-def test_a_run_that_compiles_nothing_needs_no_compiler(monkeypatch, on_cuda):
+def test_a_run_that_compiles_nothing_needs_no_compiler(monkeypatch, on_cuda, no_compilation):
     monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: False)
     monkeypatch.setattr(compiler, "cuda_toolkit_problem", lambda: "CUDA_HOME does not exist")
     found = by_name()
@@ -60,7 +66,7 @@ def test_a_run_that_compiles_nothing_needs_no_compiler(monkeypatch, on_cuda):
         ({"offload_optimizer": {"device": "cpu"}}, "CPUAdam"),
     ],
 )
-def test_what_the_json_makes_deepspeed_compile(section, op, monkeypatch):
+def test_what_the_json_makes_deepspeed_compile(section, op, monkeypatch, no_compilation):
     monkeypatch.setattr(compiler, "cannot_compile", lambda name: f"no libaio for {name}" if op in name else None)
     finding = by_name({"zero_optimization": {"stage": 3, **section}})[op]
     assert finding.status == WRONG and finding.found == f"no libaio for {op}Builder"
