@@ -5,10 +5,10 @@ import os
 import sys
 
 from . import __version__
-from .commands import convert, export, generate, inspect, plan, presets, push, report, tokenize, upcycle
+from .commands import convert, doctor, export, generate, inspect, plan, presets, push, report, tokenize, upcycle
 from .errors import UserError
 
-COMMANDS = (export, convert, upcycle, inspect, push, generate, report, presets, plan, tokenize)
+COMMANDS = (export, convert, upcycle, inspect, push, generate, report, presets, plan, doctor, tokenize)
 
 
 def main(argv: list[str] | None = None) -> None:

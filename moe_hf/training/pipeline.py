@@ -6,7 +6,7 @@ of one process has to be carried to the others.
 
 import argparse
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -77,13 +77,28 @@ def train_and_export(argv: list[str], relay: FailureRelay, description: str | No
     return metrics
 
 
-def build_trainer(argv: list[str], relay: FailureRelay, description: str | None = None) -> MoETrainer:
-    """Check the command line and build everything it names.
+@dataclass(frozen=True)
+class CheckedRun:
+    """A command line in which nothing is wrong that one process can find out alone."""
+
+    namespace: argparse.Namespace
+    model_args: ModelArguments
+    data_args: DataArguments
+    config: MoEConfig
+    deepspeed_json: dict | None
+    topology: Topology
+    choice: ResumeChoice
+
+
+def check_command_line(argv: list[str], description: str | None = None) -> CheckedRun:
+    """Look for everything that can be wrong before there is a process group.
 
     Args:
         argv: the words after the script's name.
-        relay: watches the other processes as soon as there is a process group.
         description: shown by `--help`.
+
+    Raises:
+        UserError: with the first mistake found.
     """
     namespace = parse_arguments(argv, description)
     model_args = construct(ModelArguments, namespace)
@@ -110,6 +125,20 @@ def build_trainer(argv: list[str], relay: FailureRelay, description: str | None 
         check_block_size(data_args.block_size, sizes.sequence)
     check_output_folder(namespace)
     choice = ResumeChoice(namespace, topology, config)
+    return CheckedRun(namespace, model_args, data_args, config, deepspeed_json, topology, choice)
+
+
+def build_trainer(argv: list[str], relay: FailureRelay, description: str | None = None) -> MoETrainer:
+    """Check the command line and build everything it names.
+
+    Args:
+        argv: the words after the script's name.
+        relay: watches the other processes as soon as there is a process group.
+        description: shown by `--help`.
+    """
+    run = check_command_line(argv, description)
+    namespace, model_args, data_args, config = run.namespace, run.model_args, run.data_args, run.config
+    deepspeed_json, topology, choice = run.deepspeed_json, run.topology, run.choice
 
     replaced = {"deepspeed": deepspeed_json, "sequence_parallel_size": sizes.sequence}
     if deepspeed_json is not None:
