@@ -14,12 +14,19 @@ _INTEGRATION_POINTS = {
         "deepspeed.module_inject.auto_ep_presets.base": ("AutoEPPresetAdapter", "MoEModelPreset"),
         "deepspeed.module_inject.auto_ep_presets.registry": ("PRESET_MODELS", "_PRESET_ADAPTERS"),
         "deepspeed.runtime.engine": ("DeepSpeedEngine._take_model_step", "DeepSpeedEngine.was_step_applied"),
+        "deepspeed.runtime.pipe.engine": ("PipelineEngine.eval_batch", "PipelineEngine.train_batch"),
+        "deepspeed.runtime.pipe.module": (
+            "PipelineModule._build",
+            "PipelineModule._partition_layers",
+            "PipelineModule._set_bounds",
+        ),
         "deepspeed.utils.groups": ("_get_data_parallel_group",),
     },
     "transformers": {
         "transformers.utils.output_capturing": ("OutputRecorder", "capture_outputs"),
         "transformers.integrations.deepspeed": ("HfTrainerDeepSpeedConfig", "is_deepspeed_zero3_enabled"),
         "transformers.integrations": ("use_experts_implementation",),
+        "transformers.modeling_utils": ("PreTrainedModel._initialize_weights",),
         "transformers.trainer": (
             "Trainer._load_best_model",
             "Trainer._load_from_checkpoint",
