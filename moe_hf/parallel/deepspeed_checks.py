@@ -22,6 +22,7 @@ from moe_hf.parallel.deepspeed_config import (
 )
 from moe_hf.parallel.deepspeed_schema import as_json, check_deepspeed_keys, check_deepspeed_values
 from moe_hf.parallel.muon import check_muon, uses_muon
+from moe_hf.parallel.parallel_sizes import ParallelSizes, parallel_sizes
 from moe_hf.parallel.placement import warn_of_groups_across_machines
 
 PRESET_NAME = "moe_hf"
@@ -42,7 +43,6 @@ _SIZES_OF_OTHER_PARALLELISM = (
     "tensor_parallel.tp.tp_size",
     "tensor_parallel.tensor_parallel.tp_size",
     "sequence_parallel_size",
-    "pipeline.stages",
     "expert_parallel.expert_tensor_parallel_size",
 )
 
@@ -83,6 +83,8 @@ def check_deepspeed_config(
     _check_zero(config)
     check_deepspeed_values(config)
     _check_precision(config, bf16=bf16, fp16=fp16)
+    # Expert parallelism lies within the ranks that hold the same layers.
+    world_size //= _num_stages(config, world_size)
     _check_batch_sizes(config, world_size, per_device_train_batch_size, gradient_accumulation_steps)
     _check_gradient_clipping(config, max_grad_norm or 0.0)
     _check_optimizer(config, learning_rate)
@@ -99,6 +101,12 @@ def check_deepspeed_config(
         _check_zero_with_experts(config)
         _check_autoep_options(config, world_size)
         warn_of_groups_across_machines(config, world_size)
+
+
+def _num_stages(config: Config, world_size: int) -> int:
+    sizes = parallel_sizes(config)
+    ParallelSizes(pipeline=sizes.pipeline).data_parallel_size(world_size)
+    return sizes.pipeline
 
 
 def _check_zero(config: Config) -> None:

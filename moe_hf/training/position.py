@@ -16,22 +16,23 @@ class DataPosition:
     Args:
         dataset: rows of one epoch; where their number is not known, all that were read count.
         args: of the run.
+        num_readers: ranks that read different rows; all of them without a number.
 
     Attributes:
         samples_seen: the position.
         global_batch_size: rows of one whole optimizer step, over all ranks and accumulated micro-batches.
     """
 
-    def __init__(self, dataset: Dataset | None, args: TrainingArguments) -> None:
+    def __init__(self, dataset: Dataset | None, args: TrainingArguments, num_readers: int | None = None) -> None:
         self._rows_of_epoch = len(dataset) if dataset is not None and has_length(dataset) else None
-        self._world_size = args.world_size
+        self._num_readers = num_readers or args.world_size
         self._read = 0
         self.samples_seen = 0
-        self.global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * self._num_readers
 
     def read(self, micro_batches: list[dict]) -> None:
         """Note what this rank has read for one optimizer step; all ranks read as many rows."""
-        self._read = self._world_size * sum(len(batch["input_ids"]) for batch in micro_batches)
+        self._read = self._num_readers * sum(len(batch["input_ids"]) for batch in micro_batches)
 
     def step(self, ends_epoch: bool) -> None:
         """Count the step that was made of what was read last."""

@@ -17,7 +17,9 @@ from moe_hf.parallel.deepspeed_schema import AUTO_KEYS, check_deepspeed_keys, ch
 from moe_hf.presets import read_preset
 
 FOLDER = Path(__file__).parents[3] / "ds_configs"
-SHIPPED = [FOLDER / f"{name}.json" for name in ("zero1", "zero2", "zero2_ep", "zero3", "zero3_ep", "zero3_offload")]
+SHIPPED = [
+    FOLDER / f"{name}.json" for name in ("zero1", "zero1_pp", "zero2", "zero2_ep", "zero3", "zero3_ep", "zero3_offload")
+]
 # They make other steps: distributed/test_precision.py runs them.
 WITH_OPTIMIZERS = {"zero2_muon", "zero2_ep_cpu_adam"}
 
@@ -311,7 +313,7 @@ def test_contradictions_are_refused(changes, run, sentence):
         ),
         ({"tensor_parallel": {"tp": {"tp_size": 2}}}, {}, "tensor_parallel.tp.tp_size=2 is not supported"),
         ({"sequence_parallel_size": 2}, {}, "sequence_parallel_size=2 is not supported"),
-        ({"pipeline": {"stages": 2}}, {}, "pipeline.stages=2 is not supported"),
+        ({"pipeline": {"stages": 3}}, {}, "is no multiple of pipeline_parallel_size=3; start a multiple of 3 ranks"),
         (
             {"expert_parallel.expert_tensor_parallel_size": 2},
             {},
