@@ -1,6 +1,6 @@
 """Pipelines give what one process gives: losses, gradient norms, weights, routing, evaluation, resuming, export.
 
-One launch of 2 ranks for the default suite, one of 4 ranks for `--slow`.
+One launch of 2 ranks for the default suite, one of 4 and one of 8 ranks for `--slow`.
 """
 
 import json
@@ -14,6 +14,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from launching import ROOT, run_cases
 from safetensors.torch import load_file
 from small import NUM_STEPS, deepspeed_json, flags, make_rows, recipe, save_small_model, small_config
@@ -23,6 +24,8 @@ from moe_hf.checkpoint.manifest import is_whole, read_manifest
 from moe_hf.checkpoint.model_card import active_parameters
 from moe_hf.checkpoint.offline import open_exportable
 from moe_hf.errors import CheckpointError
+from moe_hf.parallel.failure import FailureRelay
+from moe_hf.training.pipeline import train_and_export
 
 WORKER = ROOT / "tests" / "distributed" / "pipeline_worker.py"
 TOLERANCE = {"fp32": 2e-6, "bf16": 5e-3}
@@ -117,14 +120,16 @@ FOUR = [
     Cell(4, 2, "deepseek", ep=2, resumes=True),
     Cell(4, 2, dtype="bf16", ep=2),
 ]
-ALL = TWO + FOUR
+# Two replicas of experts on each of two stages.
+EIGHT = [Cell(8, 2, ep=2)]
+ALL = TWO + FOUR + EIGHT
 RESUMED = [cell for cell in ALL if cell.resumes]
 
 
 def each(cells: list[Cell]) -> pytest.MarkDecorator:
-    """Return what runs a test for every one of these cells, those of four ranks if asked."""
-    marks = {2: (), 4: pytest.mark.slow}
-    return pytest.mark.parametrize("cell", [pytest.param(c, id=c.name, marks=marks[c.ranks]) for c in cells])
+    """Return what runs a test for every one of these cells, those of more than two ranks if asked."""
+    marks = {True: pytest.mark.slow, False: ()}
+    return pytest.mark.parametrize("cell", [pytest.param(c, id=c.name, marks=marks[c.ranks > 2]) for c in cells])
 
 
 def command_line(cell: Cell, model: Path, rows_file: Path, folder: Path, name: str = "", **others) -> list[str]:
@@ -186,6 +191,9 @@ def runs(models, rows_file, tmp_path_factory):
     validation.write_text("".join(json.dumps(row) + "\n" for row in make_rows(7)))
     launched = set()
 
+    # Twelve rows are a step of two micro-batches and one of one.
+    few_rows = folder / "few_rows.jsonl"
+    few_rows.write_text("".join(json.dumps(row) + "\n" for row in make_rows(12)))
     saving = {"save_strategy": "steps", "save_steps": 3, "do_eval": True, "validation_file": validation}
     saving |= {"per_device_eval_batch_size": 2}
 
@@ -201,10 +209,26 @@ def runs(models, rows_file, tmp_path_factory):
         if cell.ranks not in launched:
             launched.add(cell.ranks)
             lines = [line for other in ALL if other.ranks == cell.ranks for line in lines_of(other)]
+            if cell.ranks == 2:
+                others = from_scratch(folder, models["tied"]) | {"train_file": few_rows}
+                epochs = command_line(cell, None, rows_file, folder, "epochs", **others)
+                lines.append({"name": "epochs", "argv": without_none(epochs)})
             run_cases(cell.ranks, lines, folder / "results", worker=WORKER)
         return folder / "results" / (name or cell.name), folder / (name or cell.name)
 
     return of
+
+
+def from_scratch(folder: Path, tokenizer: Path) -> dict:
+    """Return the flags of a run from random weights, over two epochs of two steps."""
+    small_config(**TIED).save_pretrained(folder / "config")
+    config = {"config_name": folder / "config" / "config.json", "tokenizer_name": tokenizer}
+    return config | {"max_steps": 4, "seed": 7}
+
+
+def without_none(words: list[str]) -> list[str]:
+    pairs = zip(words[::2], words[1::2], strict=True)
+    return [word for flag, value in pairs if value != "None" for word in (flag, value)]
 
 
 def logged_steps(output: Path) -> list[dict]:
@@ -225,6 +249,21 @@ def test_trajectory_equals_one_process(cell, runs, oracles):
         for name, tensor in load_file(output / "hf" / "model.safetensors").items():
             wanted = expected.weights[name]
             assert (tensor - wanted).norm() <= WEIGHT_TOLERANCE * wanted.norm(), name
+
+
+def test_random_start_and_ends_of_epochs_are_those_of_one_process(runs, models, tmp_path):
+    """The last step of an epoch has fewer micro-batches than the others."""
+    cell = TWO[0]
+    _, output = runs(cell, "epochs")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    others = from_scratch(tmp_path, models["tied"]) | {"train_file": output.parent / "few_rows.jsonl"}
+    words = flags(cell.recipe, 1, output_dir=tmp_path / "alone", use_cpu=True, **others)
+    train_and_export(words, FailureRelay())
+    steps, expected = logged_steps(output), logged_steps(tmp_path / "alone")
+    assert len(steps) == 4
+    for part in ("loss", "grad_norm", "ce_loss"):
+        assert [e[part] for e in steps] == pytest.approx([e[part] for e in expected], rel=2e-6)
+    assert [e["num_tokens"] for e in steps] == [e["num_tokens"] for e in expected]
 
 
 @each(ALL)
