@@ -83,9 +83,9 @@ def check_deepspeed_config(
     _check_zero(config)
     check_deepspeed_values(config)
     _check_precision(config, bf16=bf16, fp16=fp16)
-    # Expert parallelism lies within the ranks that hold the same layers.
-    world_size //= _num_stages(config, world_size)
-    _check_batch_sizes(config, world_size, per_device_train_batch_size, gradient_accumulation_steps)
+    # Data and expert parallelism lie within the ranks that hold the same layers.
+    ranks_per_stage = _ranks_per_stage(config, world_size)
+    _check_batch_sizes(config, ranks_per_stage, per_device_train_batch_size, gradient_accumulation_steps)
     _check_gradient_clipping(config, max_grad_norm or 0.0)
     _check_optimizer(config, learning_rate)
     if uses_muon(config):
@@ -96,17 +96,20 @@ def check_deepspeed_config(
     if autoep_enabled(config):
         _check_model_has_experts(config, num_experts, num_moe_layers)
         _check_tokens_choose(router_balancing)
-        _check_expert_parallel_size(expert_parallel_size(config), world_size, num_experts)
+        _check_expert_parallel_size(
+            expert_parallel_size(config),
+            ranks_per_stage,
+            num_experts,
+            "world_size" if ranks_per_stage == world_size else "world_size / pipeline_parallel_size",
+        )
         _check_routing_is_ours(config)
         _check_zero_with_experts(config)
-        _check_autoep_options(config, world_size)
+        _check_autoep_options(config, ranks_per_stage)
         warn_of_groups_across_machines(config, world_size)
 
 
-def _num_stages(config: Config, world_size: int) -> int:
-    sizes = parallel_sizes(config)
-    ParallelSizes(pipeline=sizes.pipeline).data_parallel_size(world_size)
-    return sizes.pipeline
+def _ranks_per_stage(config: Config, world_size: int) -> int:
+    return ParallelSizes(pipeline=parallel_sizes(config).pipeline).data_parallel_size(world_size)
 
 
 def _check_zero(config: Config) -> None:
@@ -217,15 +220,15 @@ def _check_tokens_choose(router_balancing: str) -> None:
         )
 
 
-def _check_expert_parallel_size(ep_size: int, world_size: int, num_experts: int) -> None:
-    fitting = math.gcd(world_size, num_experts)
+def _check_expert_parallel_size(ep_size: int, num_ranks: int, num_experts: int, named: str) -> None:
+    fitting = math.gcd(num_ranks, num_experts)
     sizes = _either([size for size in range(1, fitting + 1) if fitting % size == 0])
-    if ep_size > world_size:
-        raise ConfigError(f"expert_parallel_size={ep_size} is larger than world_size={world_size}; use {sizes}")
+    if ep_size > num_ranks:
+        raise ConfigError(f"expert_parallel_size={ep_size} is larger than {named}={num_ranks}; use {sizes}")
     if num_experts % ep_size:
         raise ConfigError(f"num_experts={num_experts} cannot be split over expert_parallel_size={ep_size}; use {sizes}")
-    if world_size % ep_size:
-        raise ConfigError(f"world_size={world_size} is no multiple of expert_parallel_size={ep_size}; use {sizes}")
+    if num_ranks % ep_size:
+        raise ConfigError(f"{named}={num_ranks} is no multiple of expert_parallel_size={ep_size}; use {sizes}")
 
 
 def _check_routing_is_ours(config: Config) -> None:

@@ -315,6 +315,11 @@ def test_contradictions_are_refused(changes, run, sentence):
         ({"sequence_parallel_size": 2}, {}, "sequence_parallel_size=2 is not supported"),
         ({"pipeline": {"stages": 3}}, {}, "is no multiple of pipeline_parallel_size=3; start a multiple of 3 ranks"),
         (
+            {"pipeline": {"stages": 2}, "expert_parallel.autoep_size": 4},
+            {"world_size": 4},
+            "expert_parallel_size=4 is larger than world_size / pipeline_parallel_size=2; use 1 or 2",
+        ),
+        (
             {"expert_parallel.expert_tensor_parallel_size": 2},
             {},
             "expert_parallel.expert_tensor_parallel_size=2 is not supported",
