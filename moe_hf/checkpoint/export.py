@@ -11,7 +11,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from ..configuration_moe import MoEConfig
 from ..errors import CheckpointError, UserError
 from ..modeling_moe import MoEForCausalLM, MoEModel
-from ..parallel.gather import FullTensorReader
+from ..parallel.gather_stages import tensor_reader
 from ..parallel.processes import raise_together, rank
 from .folders import incomplete_name, make_empty, put_in_place
 from .weights import write_weights
@@ -60,7 +60,7 @@ def export_model(
     output_dir = Path(output_dir)
     temporary = incomplete_name(output_dir)
     expected = expected_tensors(model.config, model.dtype)
-    reader = FullTensorReader(model)
+    reader = tensor_reader(model)
 
     def read(name: str) -> torch.Tensor | None:
         if on_tensor is not None:

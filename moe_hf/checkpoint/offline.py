@@ -35,6 +35,11 @@ def open_exportable(path: Path, on_file: Callable[[str], None] | None = None) ->
         verify(path, part="all", on_file=on_file)
         return open_model(path / EXPORT_NAME)
     manifest = verify(path, part="state", on_file=on_file)
+    if manifest.topology.pipeline_parallel_size > 1:
+        raise CheckpointError(
+            f"{path} was written by {manifest.topology.describe()}, and shards of a pipeline are not put together; its "
+            f"export in the dtype of training is {path / EXPORT_NAME}."
+        )
     _verify_side_files(path)
     checkpoint = ShardedCheckpoint(path)
     dtype = getattr(torch, manifest.topology.dtype)

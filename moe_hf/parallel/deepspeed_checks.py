@@ -15,14 +15,13 @@ from moe_hf.parallel.deepspeed_config import (
     autoep_enabled,
     expert_parallel_size,
     get_section,
-    is_int,
     lookup,
     mistake,
     zero_stage,
 )
 from moe_hf.parallel.deepspeed_schema import as_json, check_deepspeed_keys, check_deepspeed_values
 from moe_hf.parallel.muon import check_muon, uses_muon
-from moe_hf.parallel.parallel_sizes import parallel_sizes
+from moe_hf.parallel.parallel_sizes import ParallelSizes, parallel_sizes
 from moe_hf.parallel.placement import warn_of_groups_across_machines
 from moe_hf.parallel.sequence_parallel import check_combinations
 from moe_hf.parallel.tensor_parallel_checks import check_tensor_parallel_json
@@ -38,9 +37,6 @@ _LAYOUT_KEYS = re.compile(r"preset_model|\w+_pattern|\w+_attr|expert_w\d|expert_
 
 # What these keys may say all the same, because it is what happens anyway.
 _HARMLESS = {"load_balance_coeff": None, "preset_model": PRESET_NAME, "score_apply": "post"}
-
-# Sizes of the other kinds of parallelism, which this package does not build, gather or export yet.
-_SIZES_OF_OTHER_PARALLELISM = ("pipeline.stages",)
 
 
 def check_deepspeed_config(
@@ -81,22 +77,33 @@ def check_deepspeed_config(
     _check_precision(config, bf16=bf16, fp16=fp16)
     check_tensor_parallel_json(config)
     num_data_ranks = parallel_sizes(config).data_parallel_size(world_size)
+    # Data and expert parallelism lie within the ranks that hold the same layers.
+    ranks_per_stage = _ranks_per_stage(config, world_size)
     _check_batch_sizes(config, num_data_ranks, per_device_train_batch_size, gradient_accumulation_steps)
     _check_gradient_clipping(config, max_grad_norm or 0.0)
     _check_optimizer(config, learning_rate)
     if uses_muon(config):
         check_muon(config, max_grad_norm=max_grad_norm or 0.0, fp16=fp16)
     _check_training_loop(config)
-    _check_other_parallelism(config)
+    check_combinations(config)
     _check_expert_parallel_is_meant(config)
     if autoep_enabled(config):
         _check_model_has_experts(config, num_experts, num_moe_layers)
         _check_tokens_choose(router_balancing)
-        _check_expert_parallel_size(expert_parallel_size(config), world_size, num_experts)
+        _check_expert_parallel_size(
+            expert_parallel_size(config),
+            ranks_per_stage,
+            num_experts,
+            "world_size" if ranks_per_stage == world_size else "world_size / pipeline_parallel_size",
+        )
         _check_routing_is_ours(config)
         _check_zero_with_experts(config)
-        _check_autoep_options(config, world_size)
+        _check_autoep_options(config, ranks_per_stage)
         warn_of_groups_across_machines(config, world_size)
+
+
+def _ranks_per_stage(config: Config, world_size: int) -> int:
+    return ParallelSizes(pipeline=parallel_sizes(config).pipeline).data_parallel_size(world_size)
 
 
 def _check_zero(config: Config) -> None:
@@ -207,15 +214,15 @@ def _check_tokens_choose(router_balancing: str) -> None:
         )
 
 
-def _check_expert_parallel_size(ep_size: int, world_size: int, num_experts: int) -> None:
-    fitting = math.gcd(world_size, num_experts)
+def _check_expert_parallel_size(ep_size: int, num_ranks: int, num_experts: int, named: str) -> None:
+    fitting = math.gcd(num_ranks, num_experts)
     sizes = _either([size for size in range(1, fitting + 1) if fitting % size == 0])
-    if ep_size > world_size:
-        raise ConfigError(f"expert_parallel_size={ep_size} is larger than world_size={world_size}; use {sizes}")
+    if ep_size > num_ranks:
+        raise ConfigError(f"expert_parallel_size={ep_size} is larger than {named}={num_ranks}; use {sizes}")
     if num_experts % ep_size:
         raise ConfigError(f"num_experts={num_experts} cannot be split over expert_parallel_size={ep_size}; use {sizes}")
-    if world_size % ep_size:
-        raise ConfigError(f"world_size={world_size} is no multiple of expert_parallel_size={ep_size}; use {sizes}")
+    if num_ranks % ep_size:
+        raise ConfigError(f"{named}={num_ranks} is no multiple of expert_parallel_size={ep_size}; use {sizes}")
 
 
 def _check_routing_is_ours(config: Config) -> None:
@@ -227,14 +234,6 @@ def _check_routing_is_ours(config: Config) -> None:
         if _LAYOUT_KEYS.fullmatch(key):
             wanted = f'must be left out: the preset "{PRESET_NAME}" describes the model\'s layers'
             raise mistake(f"expert_parallel.{key}", value, wanted)
-
-
-def _check_other_parallelism(config: Config) -> None:
-    check_combinations(config)
-    for key in _SIZES_OF_OTHER_PARALLELISM:
-        size = lookup(config, key, 1)
-        if not is_int(size) or size > 1:
-            raise mistake(key, size, "is not supported yet, only expert and data parallelism are; use 1")
 
 
 def _check_zero_with_experts(config: Config) -> None:

@@ -16,11 +16,12 @@ class FullTensorReader:
     Every rank must call `read` with the same names in the same order: each call is a collective.
 
     Args:
-        model: an `MoEForCausalLM`, plain or inside an engine.
+        model: an `MoEForCausalLM`, plain or inside an engine, or the part of one that a pipeline has on these ranks.
+        root: the rank that gets the tensors, in the first expert-parallel group of those that hold the model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, root: int = 0) -> None:
+        self._model, self._root = model, root
         self._tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
         self._autoep_layers = {}
         if any(name.endswith(".experts.w1") for name in self._tensors):
@@ -29,7 +30,7 @@ class FullTensorReader:
             self._autoep_layers = dict(autoep_layers(model))
 
     def read(self, name: str) -> torch.Tensor | None:
-        """Return the whole tensor called `name` in the HF format, on the CPU of rank 0; `None` on other ranks.
+        """Return the whole tensor called `name` in the HF format, on the CPU of the root; `None` on other ranks.
 
         Raises:
             KeyError: the model has no such tensor (on every rank alike).
@@ -48,21 +49,21 @@ class FullTensorReader:
         with _gathered([tensor]):
             if is_split(tensor):
                 return join_parts(tensor)
-            return tensor.detach().to("cpu", copy=True) if rank() == 0 else None
+            return tensor.detach().to("cpu", copy=True) if rank() == self._root else None
 
     def _read_experts(self, layer, parts: tuple[nn.Parameter, ...]) -> torch.Tensor | None:
         """Join `parts` along the rows of each expert, then the ranks' experts in the order of their EP rank."""
         with _gathered(list(parts)):
             local = torch.cat([part.detach() for part in parts], dim=1).contiguous()
-        # Expert replicas: only the group that rank 0 belongs to sends.
-        if dist.get_process_group_ranks(layer.ep_group)[0] != 0:
+        # Expert replicas: only the group that the root belongs to sends.
+        if dist.get_process_group_ranks(layer.ep_group)[0] != self._root:
             return None
-        if rank() != 0:
-            dist.gather(local, dst=0, group=layer.ep_group)
+        if rank() != self._root:
+            dist.gather(local, dst=self._root, group=layer.ep_group)
             return None
         whole = local.new_empty((layer.num_experts, *local.shape[1:]))
         # Received in place, so that the tensor is held once.
-        dist.gather(local, list(whole.chunk(layer.ep_size)), dst=0, group=layer.ep_group)
+        dist.gather(local, list(whole.chunk(layer.ep_size)), dst=self._root, group=layer.ep_group)
         return whole.cpu()
 
 

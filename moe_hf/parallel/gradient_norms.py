@@ -85,6 +85,8 @@ class GradientNorms:
         device = next(self._module.parameters()).device
         squares = {family: [torch.zeros((), dtype=torch.float64, device=device)] for family in FAMILIES}
         for param, gradient, num_holders in self._gradients():
+            if getattr(param, "ds_pipe_replicated", False):
+                continue  # tied to one on another stage of a pipeline, which counts it
             square = _squared_norm(gradient).to(device)
             squares[self._family[id(param)]].append(square / num_holders)
         return torch.stack([torch.stack(own).sum() for own in squares.values()]) / loss_scale**2
@@ -105,9 +107,9 @@ class GradientNorms:
 
     def _held_whole(self, optimizer) -> Iterator[tuple[nn.Parameter, torch.Tensor, int]]:
         """Without ZeRO every rank has whole gradients, and those of experts repeat on each expert-parallel group."""
-        ep_size = self._ep_sizes()
+        ep_size, num_replicas = self._ep_sizes(), world_size() // getattr(self._module, "num_stages", 1)
         for param, gradient in _whole_gradients(self._module, optimizer):
-            yield param, gradient, world_size() // ep_size.get(id(param), 1)
+            yield param, gradient, num_replicas // ep_size.get(id(param), 1)
 
     def _ep_sizes(self) -> dict[int, int]:
         """Return the number of ranks that share one set of experts, by the `id` of each parameter that is shared."""

@@ -15,6 +15,12 @@ _INTEGRATION_POINTS = {
         "deepspeed.module_inject.auto_ep_presets.registry": ("PRESET_MODELS", "_PRESET_ADAPTERS"),
         "deepspeed.checkpoint.constants": ("DS_AUTOTP_UC_META",),
         "deepspeed.runtime.engine": ("DeepSpeedEngine._take_model_step", "DeepSpeedEngine.was_step_applied"),
+        "deepspeed.runtime.pipe.engine": ("PipelineEngine.eval_batch", "PipelineEngine.train_batch"),
+        "deepspeed.runtime.pipe.module": (
+            "PipelineModule._build",
+            "PipelineModule._partition_layers",
+            "PipelineModule._set_bounds",
+        ),
         "deepspeed.runtime.sequence_parallel.ulysses_sp": ("UlyssesSPAttentionHF",),
         "deepspeed.runtime.zero.stage_1_and_2": ("DeepSpeedZeroOptimizer.get_grad_norm_direct",),
         "deepspeed.utils.groups": ("_get_data_parallel_group", "get_tensor_model_parallel_group"),
@@ -23,6 +29,7 @@ _INTEGRATION_POINTS = {
         "transformers.utils.output_capturing": ("OutputRecorder", "capture_outputs"),
         "transformers.integrations.deepspeed": ("HfTrainerDeepSpeedConfig", "is_deepspeed_zero3_enabled"),
         "transformers.integrations": ("use_experts_implementation",),
+        "transformers.modeling_utils": ("PreTrainedModel._initialize_weights",),
         "transformers.trainer": (
             "Trainer._load_best_model",
             "Trainer._load_from_checkpoint",

@@ -189,7 +189,7 @@ class MeasuringTrainer(CheckpointingTrainer):
             self._statistics.add_gradients(self._gradient_norms.squared_sums())
             self._statistics.add_attention_sink(self._attention_sink.pop())
             logs |= self._statistics.pop(peak_memory_gib())
-            logs |= router_bias_ranges(self.accelerator.unwrap_model(self.model))
+            logs |= self._router_biases()
             logs |= self._throughput.pop() | {"skipped_steps": self._skips.total}
         elif "eval_loss" in logs:
             self._statistics.settle_tokens()
@@ -199,6 +199,9 @@ class MeasuringTrainer(CheckpointingTrainer):
         # The state goes into every checkpoint: what is said of single layers is in metrics.jsonl.
         entry = self.state.log_history[-1]
         self.state.log_history[-1] = {name: value for name, value in entry.items() if "/layer_" not in name}
+
+    def _router_biases(self) -> dict[str, float]:
+        return router_bias_ranges(self.accelerator.unwrap_model(self.model))
 
     def _save_checkpoint(self, model, trial) -> None:
         self._statistics.settle_tokens()

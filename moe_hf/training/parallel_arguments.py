@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 
 from ..errors import ConfigError
 from ..parallel.deepspeed_config import Config, with_expert_parallel_size
-from ..parallel.parallel_sizes import with_parallel_sizes
+from ..parallel.parallel_sizes import parallel_sizes, with_parallel_sizes
 
 
 @dataclass
@@ -28,22 +28,49 @@ class ParallelArguments:
         default=None,
         metadata={"help": "Ranks that share the layers of one model; overrides the DeepSpeed JSON. 1 switches it off."},
     )
+    num_microbatches: int | None = field(
+        default=None,
+        metadata={"help": "Micro-batches of one step of a pipeline; another name of --gradient_accumulation_steps."},
+    )
 
 
 def with_flags(config: Config, namespace: argparse.Namespace) -> Config:
     """Return a copy of a DeepSpeed JSON in which the sizes are those of the command line.
 
+    With `num_microbatches`, `namespace.gradient_accumulation_steps` is set to it.
+
     Raises:
-        ConfigError: a size is no integer that could be one.
+        ConfigError: a size is no integer that could be one, or micro-batches are counted twice or without a pipeline.
     """
     if namespace.expert_parallel_size is not None:
         config = with_expert_parallel_size(config, namespace.expert_parallel_size)
-    return with_parallel_sizes(
+    config = with_parallel_sizes(
         config,
         tensor=namespace.tensor_parallel_size,
         sequence=namespace.sequence_parallel_size,
         pipeline=namespace.pipeline_parallel_size,
     )
+    if namespace.num_microbatches is not None:
+        config["gradient_accumulation_steps"] = _num_microbatches(config, namespace)
+    return config
+
+
+def _num_microbatches(config: Config, namespace: argparse.Namespace) -> int:
+    number, steps = namespace.num_microbatches, namespace.gradient_accumulation_steps
+    if number < 1:
+        raise ConfigError(f"num_microbatches={number} must be at least 1.")
+    if parallel_sizes(config).pipeline == 1:
+        raise ConfigError(
+            f"--num_microbatches {number} needs a pipeline; add --pipeline_parallel_size, or use "
+            f"--gradient_accumulation_steps {number}."
+        )
+    if steps not in (1, number):  # 1 is what it is without the flag
+        raise ConfigError(
+            f"--num_microbatches {number} contradicts --gradient_accumulation_steps {steps}, which is the same for a "
+            "pipeline; give one of them."
+        )
+    namespace.gradient_accumulation_steps = number
+    return number
 
 
 def check_deepspeed_is_there(namespace: argparse.Namespace) -> None:
@@ -54,5 +81,7 @@ def check_deepspeed_is_there(namespace: argparse.Namespace) -> None:
     """
     for flag in fields(ParallelArguments):
         size = getattr(namespace, flag.name)
+        if flag.name == "num_microbatches" and size is not None:
+            raise ConfigError(f"--num_microbatches {size} needs a pipeline; use --gradient_accumulation_steps {size}.")
         if size and size != (0 if flag.name == "expert_parallel_size" else 1):
             raise ConfigError(f"{flag.name}={size} needs DeepSpeed; add --deepspeed ds_configs/zero3_ep.json.")

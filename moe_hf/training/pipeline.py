@@ -28,6 +28,7 @@ from ..parallel.build_locks import remove_stale_build_locks
 from ..parallel.deepspeed_checks import check_deepspeed_config
 from ..parallel.deepspeed_config import (
     expert_parallel_size,
+    lookup,
     read_deepspeed_json,
     zero_stage,
 )
@@ -50,6 +51,9 @@ from .model_config import build_config, check_weights, local_model
 from .optimizer_choice import optimizer_family
 from .output_folder import RemoveEarlierRun, check_output_folder
 from .parallel_arguments import check_deepspeed_is_there, with_flags
+from .pipeline_checks import check_pipeline
+from .pipeline_model import build_pipelined_model
+from .pipeline_trainer import PipelineTrainer
 from .precision_arguments import has_fp16
 from .resuming import ResumeChoice
 from .router_optimizer import router_grouping
@@ -140,7 +144,7 @@ def build_trainer(argv: list[str], relay: FailureRelay, description: str | None 
     namespace, model_args, data_args, config = run.namespace, run.model_args, run.data_args, run.config
     deepspeed_json, topology, choice = run.deepspeed_json, run.topology, run.choice
 
-    replaced = {"deepspeed": deepspeed_json, "sequence_parallel_size": sizes.sequence}
+    replaced = {"deepspeed": deepspeed_json, "sequence_parallel_size": topology.sequence_parallel_size}
     if deepspeed_json is not None:
         replaced["deepspeed"] = with_split_plan(deepspeed_json)
         _remove_what_killed_runs_have_left()
@@ -168,23 +172,23 @@ def build_trainer(argv: list[str], relay: FailureRelay, description: str | None 
 
     tokenizer = _load_tokenizer(args, model_args, data_args, config)
     block_size = resolve_block_size(data_args, tokenizer, config.max_position_embeddings)
-    check_block_size(block_size, sizes.sequence)
+    check_block_size(block_size, topology.sequence_parallel_size)
     train_dataset, eval_dataset = _load_data(args, data_args, tokenizer, config, block_size, topology)
     if weights is not None:
         with args.main_process_first(desc="weights"):
             weights = loadable_folder(weights, data_args.cache_dir)
-    model = _build_model(model_args, weights, config, tokenizer)
+    model = _build_model(model_args, weights, config, tokenizer, deepspeed_json)
     # Nothing is written or deleted before all ranks have found everything well.
     raise_together(None)
     try:
-        trainer = MoETrainer(
+        trainer = (PipelineTrainer if topology.pipeline_parallel_size > 1 else MoETrainer)(
             topology=topology,
             data=describe_data(data_args, block_size, do_eval=args.do_eval) if args.do_train else None,
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=CausalLMCollator(tokenizer.pad_token_id or 0, pad_to_multiple_of=sizes.sequence),
+            data_collator=CausalLMCollator(tokenizer.pad_token_id or 0, topology.sequence_parallel_size),
             processing_class=tokenizer,
         )
     except UserError:
@@ -234,6 +238,7 @@ def _checked_deepspeed_json(namespace: argparse.Namespace, config: MoEConfig) ->
     deepspeed_json = read_deepspeed_json(namespace.deepspeed)
     check_deepspeed_keys(deepspeed_json)
     deepspeed_json = with_flags(deepspeed_json, namespace)
+    check_pipeline(deepspeed_json, config, namespace)
     check_deepspeed_config(
         deepspeed_json,
         world_size=world_size(),
@@ -250,6 +255,10 @@ def _checked_deepspeed_json(namespace: argparse.Namespace, config: MoEConfig) ->
     check_tensor_parallel_model(deepspeed_json, config)
     compiles = namespace.torch_compile or namespace.torch_compile_backend or namespace.torch_compile_mode
     check_tensor_parallel_run(deepspeed_json, compiles=bool(compiles), fp8=namespace.fp8, trains=namespace.do_train)
+    if parallel_sizes(deepspeed_json).pipeline > 1:
+        # Which the Trainer and Accelerate would compute from the number of ranks; DeepSpeed does it from the pipelines.
+        deepspeed_json.pop("train_batch_size", None)
+        deepspeed_json.setdefault("train_micro_batch_size_per_gpu", "auto")
     if namespace.do_eval and not namespace.do_train and zero_stage(deepspeed_json) != 3:
         raise ConfigError(
             f"--do_eval without --do_train needs ZeRO stage 3, not {zero_stage(deepspeed_json)}; "
@@ -365,8 +374,12 @@ def _load_data(
 
 
 def _build_model(
-    model_args: ModelArguments, weights: str | Path | None, config: MoEConfig, tokenizer: PreTrainedTokenizerBase
-) -> MoEForCausalLM:
+    model_args: ModelArguments,
+    weights: str | Path | None,
+    config: MoEConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    deepspeed_json: dict | None,
+) -> torch.nn.Module:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     implementations = {
@@ -374,7 +387,14 @@ def _build_model(
         "experts_implementation": model_args.experts_implementation,
     }
     implementations = {name: value for name, value in implementations.items() if value is not None}
+    sizes = parallel_sizes(deepspeed_json)
     try:
+        if sizes.pipeline > 1:
+            partition = lookup(deepspeed_json, "pipeline.partition", "best")
+            model = build_pipelined_model(config, weights, sizes, partition, implementations)
+            if weights is None and model_args.pad_vocab_to_multiple_of is not None:
+                never_generate_padding(model, len(tokenizer))
+            return model
         if weights is None:
             model = MoEForCausalLM._from_config(config, dtype=torch.float32, **implementations)
             if model_args.pad_vocab_to_multiple_of is not None:

@@ -19,7 +19,7 @@ from moe_hf.presets import read_preset
 FOLDER = Path(__file__).parents[3] / "ds_configs"
 SHIPPED = [
     FOLDER / f"{name}.json"
-    for name in ("zero1", "zero2", "zero2_ep", "zero2_tp_ep", "zero3", "zero3_ep", "zero3_offload")
+    for name in ("zero1", "zero1_pp", "zero2", "zero2_ep", "zero2_tp_ep", "zero3", "zero3_ep", "zero3_offload")
 ]
 # They make other steps: distributed/test_precision.py runs them.
 WITH_OPTIMIZERS = {"zero2_muon", "zero2_ep_cpu_adam"}
@@ -335,7 +335,12 @@ def test_contradictions_are_refused(changes, run, sentence):
             {},
             "pipeline.stages=2 does not combine with sequence_parallel_size=2",
         ),
-        ({"pipeline": {"stages": 2}}, {}, "pipeline.stages=2 is not supported"),
+        ({"pipeline": {"stages": 3}}, {}, "is no multiple of pipeline_parallel_size=3; start a multiple of 3 ranks"),
+        (
+            {"pipeline": {"stages": 2}, "expert_parallel.autoep_size": 4},
+            {"world_size": 4},
+            "expert_parallel_size=4 is larger than world_size / pipeline_parallel_size=2; use 1 or 2",
+        ),
         (
             {"expert_parallel.expert_tensor_parallel_size": 2},
             {},

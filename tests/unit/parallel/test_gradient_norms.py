@@ -311,3 +311,15 @@ def test_gradients_beside_the_parameters(model, monkeypatch):
     )
     shares = [measured(Engine(model, 1, optimizer, clips=False)) for _ in range(2)]
     assert_squares(total(shares), wanted)
+
+
+def test_weight_tied_to_one_on_another_stage_is_left_to_that(model):
+    """DeepSpeed marks those of a pipeline that another rank counts."""
+    whole = expected(model)
+    tied = model.model.embed_tokens.weight
+    tied.ds_pipe_replicated = True
+    norms = GradientNorms(model)
+    norms.measure_next_step()
+    norms.measure()
+    whole[FAMILIES.index("embeddings")] -= tied.grad.double().square().sum().item()
+    assert_squares(norms.squared_sums(), whole, rtol=1e-9)
