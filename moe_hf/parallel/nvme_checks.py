@@ -71,7 +71,8 @@ def check_nvme(config: Config, model_config: MoEConfig, *, world_size: int, in_1
     element_bytes = 2 if in_16_bits else 4
     if "offload_param" in sections:
         _check_weight_buffers(parsed_zero(config).offload_param, weights, world_size, element_bytes)
-    _check_space(sections, weights, world_size, element_bytes)
+    # AutoEP makes new weights of the experts', beside whose files those of the old ones stay.
+    _check_space(sections, weights, world_size, element_bytes * (1 + autoep_enabled(config)))
     _check_locked_memory(config, weights, world_size, element_bytes)
     _check_operator()
 
@@ -118,16 +119,16 @@ def _check_weight_buffers(section, weights: Weights, world_size: int, element_by
         raise mistake("zero_optimization.offload_param.buffer_count", section.buffer_count, wanted)
 
 
-def _check_space(sections: dict[str, Config], weights: Weights, world_size: int, element_bytes: int) -> None:
-    bytes_each = {"offload_optimizer": _OPTIMIZER_BYTES, "offload_param": element_bytes}
+def _check_space(sections: dict[str, Config], weights: Weights, world_size: int, weight_bytes: int) -> None:
+    bytes_each = {"offload_optimizer": _OPTIMIZER_BYTES, "offload_param": weight_bytes}
     num_local = processes_per_machine() or world_size
     for path in {section["nvme_path"] for section in sections.values()}:
         here = sum(bytes_each[part] for part, section in sections.items() if section["nvme_path"] == path)
         needed, free = here * weights.total * num_local // world_size, shutil.disk_usage(path).free
         if free < needed:
             raise ConfigError(
-                f"--nvme_path {path} has {free / 1e9:.1f} GB free, but this machine's share of the run is "
-                f"{needed / 1e9:.1f} GB ({here} bytes a parameter); free some, or use more machines."
+                f"--nvme_path {path} has {free / 1e6:,.0f} MB free, but this machine's share of the run is "
+                f"{needed / 1e6:,.0f} MB ({here} bytes a parameter); free some, or use more machines."
             )
 
 

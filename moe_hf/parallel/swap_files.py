@@ -1,11 +1,12 @@
 """The files in which DeepSpeed rests tensors on NVMe: reading without memory, writing, and noticing a full disk."""
 
-import errno
 import os
 import shutil
 from pathlib import Path
 
 import torch
+
+from ..errors import ConfigError
 
 
 def read_mapped(path: Path, numel: int, dtype: torch.dtype) -> torch.Tensor:
@@ -27,15 +28,18 @@ def write_swap_file(path: Path, values: torch.Tensor, length: int) -> None:
 
 
 def check_file(path: Path, num_bytes: int) -> None:
-    """Raise `OSError` unless a file was written to its end and has all its blocks.
+    """Raise `ConfigError` unless a file was written to its end and has all its blocks.
 
     DeepSpeed's asynchronous writes do not say when the disk is full: a file ends early or has holes. File systems that
     compress have holes too, but then there is room.
     """
-    found = os.stat(path)
-    has_holes = found.st_blocks * 512 < num_bytes and shutil.disk_usage(path).free < num_bytes
+    found, free = os.stat(path), shutil.disk_usage(path).free
+    has_holes = found.st_blocks * 512 < num_bytes and free < num_bytes
     if found.st_size < num_bytes or has_holes:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        raise ConfigError(
+            f"{path} could not be written to its end, and {free / 1e6:.0f} MB are free there: free some on the disk of "
+            "--nvme_path, and go on with --resume_from_checkpoint auto."
+        )
 
 
 class CheckedHandle:
@@ -60,7 +64,7 @@ class CheckedHandle:
         """Wait for everything begun and return how much that was.
 
         Raises:
-            OSError: something was not written to its end.
+            ConfigError: something was not written to its end.
         """
         count = self._handle.wait()
         written, self._written = self._written, {}

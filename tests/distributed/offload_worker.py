@@ -39,11 +39,18 @@ def bytes_at_rest(engine) -> dict[str, int]:
         engine.optimizer._partition_all_parameters()
         states = [value for state in engine.optimizer.optimizer.state.values() for value in state.values()]
         vectors = [*engine.optimizer.fp32_partitioned_groups_flat, *(v for v in states if hasattr(v, "nbytes"))]
-        counts["optimizer_in_memory"] = sum(vector.nbytes for vector in vectors)
+        counts["optimizer_in_memory"] = sum(vector.nbytes for vector in vectors if not in_buffer(vector, engine))
         counts["params_in_memory"] = sum(
             param.ds_tensor.nbytes for param in engine.module.parameters() if param.ds_tensor.status.name == "AVAILABLE"
         )
     return counts
+
+
+def in_buffer(vector, engine) -> bool:
+    """Return whether a vector lies in a buffer through which all of them are swapped, in turn."""
+    swapper = engine.optimizer.optimizer_swapper
+    buffers = [] if swapper is None else swapper.swap_buffer_manager.all_buffers
+    return any(buffer.data_ptr() <= vector.data_ptr() < buffer.data_ptr() + buffer.nbytes for buffer in buffers)
 
 
 def main() -> None:
