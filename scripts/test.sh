@@ -31,6 +31,7 @@ run_suite() {
 
 setup_venv test
 setup_browser
+setup_libaio
 if [[ " $* " == *" --slow "* ]]; then
     setup_ssh
 fi

@@ -21,6 +21,7 @@ from moe_hf.parallel.deepspeed_config import (
 )
 from moe_hf.parallel.deepspeed_schema import as_json, check_deepspeed_keys, check_deepspeed_values
 from moe_hf.parallel.muon import check_muon, uses_muon
+from moe_hf.parallel.offload import check_offload
 from moe_hf.parallel.parallel_sizes import ParallelSizes, parallel_sizes
 from moe_hf.parallel.placement import warn_of_groups_across_machines
 from moe_hf.parallel.sequence_parallel import check_combinations
@@ -74,6 +75,7 @@ def check_deepspeed_config(
     check_deepspeed_keys(config)
     _check_zero(config)
     check_deepspeed_values(config)
+    check_offload(config)
     _check_precision(config, bf16=bf16, fp16=fp16)
     check_tensor_parallel_json(config)
     num_data_ranks = parallel_sizes(config).data_parallel_size(world_size)
@@ -109,12 +111,6 @@ def _ranks_per_stage(config: Config, world_size: int) -> int:
 def _check_zero(config: Config) -> None:
     if "zero_optimization" not in config:  # Accelerate insists on the section
         raise ConfigError('zero_optimization is missing; add "zero_optimization": {"stage": 1} (0, 1, 2 or 3)')
-    stage = zero_stage(config)
-    for key, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
-        device = lookup(config, f"zero_optimization.{key}.device", "none")
-        if device != "none" and stage < lowest:
-            wanted = f"has no effect at ZeRO stage {stage}; use stage {_either([*range(lowest, 4)])} or delete {key}"
-            raise mistake(f"zero_optimization.{key}.device", device, wanted)
 
 
 def _check_precision(config: Config, *, bf16: bool, fp16: bool) -> None:

@@ -22,6 +22,13 @@ _INTEGRATION_POINTS = {
             "PipelineModule._set_bounds",
         ),
         "deepspeed.runtime.sequence_parallel.ulysses_sp": ("UlyssesSPAttentionHF",),
+        "deepspeed.runtime.swap_tensor.partitioned_param_swapper": ("AsyncPartitionedParameterSwapper._configure_aio",),
+        "deepspeed.runtime.zero.stage3": (
+            "DeepSpeedZeroOptimizer_Stage3._configure_tensor_swapping",
+            "DeepSpeedZeroOptimizer_Stage3._rigid_load_state_dict",
+            "DeepSpeedZeroOptimizer_Stage3._rigid_state_dict",
+            "DeepSpeedZeroOptimizer_Stage3.reset_swap_buffers",
+        ),
         "deepspeed.runtime.zero.stage_1_and_2": ("DeepSpeedZeroOptimizer.get_grad_norm_direct",),
         "deepspeed.utils.groups": ("_get_data_parallel_group", "get_tensor_model_parallel_group"),
     },

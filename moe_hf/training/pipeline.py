@@ -35,6 +35,8 @@ from ..parallel.deepspeed_config import (
 from ..parallel.deepspeed_schema import check_deepspeed_keys
 from ..parallel.engine import join_process_group
 from ..parallel.failure import FailureRelay
+from ..parallel.nvme_checks import check_nvme
+from ..parallel.nvme_optimizer import prepare_nvme
 from ..parallel.parallel_sizes import parallel_sizes
 from ..parallel.processes import raise_together, world_size
 from ..parallel.sequence_parallel import as_data_parallel, check_block_size, check_sequence_parallel
@@ -148,6 +150,7 @@ def build_trainer(argv: list[str], relay: FailureRelay, description: str | None 
     if deepspeed_json is not None:
         replaced["deepspeed"] = with_split_plan(deepspeed_json)
         _remove_what_killed_runs_have_left()
+        replaced["deepspeed"] = prepare_nvme(replaced["deepspeed"])
     try:
         args = construct(MoETrainingArguments, namespace, **replaced)
     finally:
@@ -259,6 +262,7 @@ def _checked_deepspeed_json(namespace: argparse.Namespace, config: MoEConfig) ->
         # Which the Trainer and Accelerate would compute from the number of ranks; DeepSpeed does it from the pipelines.
         deepspeed_json.pop("train_batch_size", None)
         deepspeed_json.setdefault("train_micro_batch_size_per_gpu", "auto")
+    check_nvme(deepspeed_json, config, world_size=world_size(), in_16_bits=namespace.bf16 or namespace.fp16)
     if namespace.do_eval and not namespace.do_train and zero_stage(deepspeed_json) != 3:
         raise ConfigError(
             f"--do_eval without --do_train needs ZeRO stage 3, not {zero_stage(deepspeed_json)}; "
