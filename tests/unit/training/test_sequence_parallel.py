@@ -1,12 +1,15 @@
 """Who reads which rows, and flags that do not go with shared ones."""
 
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
+from streams import number_of, source_of, stream_of, write_files
 
 from moe_hf.errors import ConfigError
 from moe_hf.training.arguments import parse_arguments
 from moe_hf.training.sequence_parallel import SequenceParallelTrainer, check_sequence_flags, reader
+from moe_hf.training.stream_training import lay_out
 
 
 def test_neighbours_are_one_reader():
@@ -41,3 +44,15 @@ def test_the_batch_is_counted_in_rows(monkeypatch):
     monkeypatch.setattr("transformers.Trainer.get_total_train_batch_size", lambda self, args: 3 * 5 * args.world_size)
     trainer = object.__new__(SequenceParallelTrainer)
     assert trainer.get_total_train_batch_size(args) == 3 * 5 * 2
+
+
+def test_neighbours_read_the_same_part_of_a_stream(tmp_path):
+    pattern, documents = write_files(tmp_path / "files", [4, 4]), []
+    for rank in range(4):
+        stream = stream_of(tmp_path, [source_of(tmp_path, pattern)])
+        args = {"process_index": rank, "world_size": 4, "sequence_parallel_size": 2, "dataloader_num_workers": 0}
+        lay_out(stream, SimpleNamespace(**args, resume_from_checkpoint=None), None)
+        documents.append([number_of(row["input_ids"]) for row in islice(stream, 4)])
+    first, same, second, same_again = documents
+    assert first == same and second == same_again
+    assert sorted(first + second) == [*range(8)]
