@@ -22,6 +22,7 @@ from moe_hf.parallel.deepspeed_config import (
 )
 from moe_hf.parallel.deepspeed_schema import as_json, check_deepspeed_keys, check_deepspeed_values
 from moe_hf.parallel.muon import check_muon, uses_muon
+from moe_hf.parallel.offload import check_offload
 from moe_hf.parallel.placement import warn_of_groups_across_machines
 
 PRESET_NAME = "moe_hf"
@@ -82,6 +83,7 @@ def check_deepspeed_config(
     check_deepspeed_keys(config)
     _check_zero(config)
     check_deepspeed_values(config)
+    check_offload(config)
     _check_precision(config, bf16=bf16, fp16=fp16)
     _check_batch_sizes(config, world_size, per_device_train_batch_size, gradient_accumulation_steps)
     _check_gradient_clipping(config, max_grad_norm or 0.0)
@@ -104,12 +106,7 @@ def check_deepspeed_config(
 def _check_zero(config: Config) -> None:
     if "zero_optimization" not in config:  # Accelerate insists on the section
         raise ConfigError('zero_optimization is missing; add "zero_optimization": {"stage": 1} (0, 1, 2 or 3)')
-    stage = zero_stage(config)
-    for key, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
-        device = lookup(config, f"zero_optimization.{key}.device", "none")
-        if device != "none" and stage < lowest:
-            wanted = f"has no effect at ZeRO stage {stage}; use stage {_either([*range(lowest, 4)])} or delete {key}"
-            raise mistake(f"zero_optimization.{key}.device", device, wanted)
+    zero_stage(config)
 
 
 def _check_precision(config: Config, *, bf16: bool, fp16: bool) -> None:

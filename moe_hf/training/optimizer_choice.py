@@ -6,6 +6,7 @@ import torch
 
 from ..errors import ConfigError
 from ..parallel.deepspeed_config import lookup
+from ..parallel.offload import nvme_sections
 
 # Implementations of AdamW whose states have the same names, shapes and dtype, and with them each other's checkpoints.
 _ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw", "adam")
@@ -34,6 +35,11 @@ def optimizer_family(args: argparse.Namespace, deepspeed_json: dict | None = Non
     name = str(of_json or args.optim).lower()
     if name in _ADAMW:
         return "adamw"
+    if "offload_optimizer" in nvme_sections(deepspeed_json):
+        raise ConfigError(
+            f"{'--optim' if of_json is None else 'optimizer.type'} {name} was never run with its states on NVMe; use "
+            'AdamW, or rest in host memory: "device": "cpu".'
+        )
     if name.startswith("paged_") and not torch.cuda.is_available():
         raise ConfigError(f"--optim {name} moves its states between CPU and GPU; without a GPU use adamw_bnb_8bit.")
     if name in _LOW_BITS_OF_TORCHAO and deepspeed_json is not None:

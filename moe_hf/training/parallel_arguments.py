@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 
 from ..errors import ConfigError
 from ..parallel.deepspeed_config import Config, with_expert_parallel_size
+from ..parallel.offload import with_nvme_path
 from ..parallel.parallel_sizes import with_parallel_sizes
 
 
@@ -28,16 +29,24 @@ class ParallelArguments:
         default=None,
         metadata={"help": "Ranks that share the layers of one model; overrides the DeepSpeed JSON. 1 switches it off."},
     )
+    nvme_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder on a local disk of every machine for what the DeepSpeed JSON offloads to NVMe; overrides "
+            "its nvme_path."
+        },
+    )
 
 
 def with_flags(config: Config, namespace: argparse.Namespace) -> Config:
-    """Return a copy of a DeepSpeed JSON in which the sizes are those of the command line.
+    """Return a copy of a DeepSpeed JSON in which sizes and the path to NVMe are those of the command line.
 
     Raises:
-        ConfigError: a size is no integer that could be one.
+        ConfigError: a size is no integer that could be one, or nothing goes to NVMe.
     """
     if namespace.expert_parallel_size is not None:
         config = with_expert_parallel_size(config, namespace.expert_parallel_size)
+    config = with_nvme_path(config, namespace.nvme_path)
     return with_parallel_sizes(
         config,
         tensor=namespace.tensor_parallel_size,
