@@ -276,7 +276,8 @@ def open_layout(folder: Path, zero_stage: int, routers: str = "shared") -> ZeroL
     """
     if (folder / "offloaded_tensors").exists():
         raise CheckpointError(
-            f"{folder} has optimizer states on NVMe, which are not read; resume with the same layout."
+            f"{folder} has optimizer states in files as they were on NVMe, which are not read; start from its weights "
+            "with --reset_optimizer."
         )
     try:
         return _LAYOUTS[zero_stage](folder, routers)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from .processes import raise_together, rank, world_size
 from .shared_memory import remove_shared_buffers
+from .swap_folder import remove_own_folders
 
 EXIT_CODE = 2
 _SENTENCE, _PRINTED, _CLAIMS = "moe_hf/failure", "moe_hf/failure/printed", "moe_hf/failure/claims"
@@ -117,6 +118,7 @@ class FailureRelay:
 def _exit_now() -> None:
     """End without leaving the process group: another thread may be stuck in a collective call for ever."""
     remove_shared_buffers()
+    remove_own_folders()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(EXIT_CODE)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..parameter_families import FAMILIES, family_of
+from .nvme_optimizer import held_on_nvme
 from .processes import world_size
 from .versions import require_supported
 
@@ -94,6 +95,8 @@ class GradientNorms:
         optimizer = None if self._engine is None else self._engine.optimizer
         if hasattr(optimizer, "averaged_gradients") and stage < 3:
             held = _held_at_stages_1_and_2(optimizer)
+        elif getattr(optimizer, "swap_optimizer", False):
+            held = held_on_nvme(optimizer)
         elif stage == 3:
             held = _held_at_stage_3(self._module)
         else:

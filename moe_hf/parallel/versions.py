@@ -14,6 +14,13 @@ _INTEGRATION_POINTS = {
         "deepspeed.module_inject.auto_ep_presets.base": ("AutoEPPresetAdapter", "MoEModelPreset"),
         "deepspeed.module_inject.auto_ep_presets.registry": ("PRESET_MODELS", "_PRESET_ADAPTERS"),
         "deepspeed.runtime.engine": ("DeepSpeedEngine._take_model_step", "DeepSpeedEngine.was_step_applied"),
+        "deepspeed.runtime.swap_tensor.partitioned_param_swapper": ("AsyncPartitionedParameterSwapper._configure_aio",),
+        "deepspeed.runtime.zero.stage3": (
+            "DeepSpeedZeroOptimizer_Stage3._configure_tensor_swapping",
+            "DeepSpeedZeroOptimizer_Stage3._rigid_load_state_dict",
+            "DeepSpeedZeroOptimizer_Stage3._rigid_state_dict",
+            "DeepSpeedZeroOptimizer_Stage3.reset_swap_buffers",
+        ),
         "deepspeed.utils.groups": ("_get_data_parallel_group",),
     },
     "transformers": {

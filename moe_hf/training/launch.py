@@ -10,6 +10,7 @@ from ..errors import UserError
 from ..parallel.failure import FailureRelay
 from ..parallel.processes import leave, rank
 from ..parallel.shared_memory import remove_shared_buffers
+from ..parallel.swap_folder import remove_own_folders
 from .preemption import EXIT_CODE, Preempted
 
 
@@ -38,6 +39,7 @@ def run(program: Callable, argv: list[str], description: str | None = None) -> N
         if dist.is_initialized():
             dist.destroy_process_group()
         remove_shared_buffers()
+        remove_own_folders()
 
 
 def main(program: Callable, argv: list[str], description: str | None = None) -> NoReturn:

@@ -34,6 +34,8 @@ from ..parallel.deepspeed_config import (
 from ..parallel.deepspeed_schema import check_deepspeed_keys
 from ..parallel.engine import join_process_group
 from ..parallel.failure import FailureRelay
+from ..parallel.nvme_checks import check_nvme
+from ..parallel.nvme_optimizer import prepare_nvme
 from ..parallel.parallel_sizes import parallel_sizes
 from ..parallel.processes import raise_together, world_size
 from ..parallel.shared_memory import remove_shared_buffers
@@ -103,6 +105,7 @@ def build_trainer(argv: list[str], relay: FailureRelay, description: str | None 
     replaced = {"deepspeed": deepspeed_json}
     if deepspeed_json is not None:
         _remove_what_killed_runs_have_left()
+        replaced["deepspeed"] = prepare_nvme(deepspeed_json)
     try:
         args = construct(MoETrainingArguments, namespace, **replaced)
     finally:
@@ -200,6 +203,7 @@ def _checked_deepspeed_json(namespace: argparse.Namespace, config: MoEConfig) ->
         fp16=namespace.fp16,
         learning_rate=namespace.learning_rate,
     )
+    check_nvme(deepspeed_json, config, world_size=world_size(), in_16_bits=namespace.bf16 or namespace.fp16)
     if namespace.do_eval and not namespace.do_train and zero_stage(deepspeed_json) != 3:
         raise ConfigError(
             f"--do_eval without --do_train needs ZeRO stage 3, not {zero_stage(deepspeed_json)}; "

@@ -114,7 +114,8 @@ def test_optimizer_states_on_nvme(saved):
     shards = saved(Run(2, 3))
     (shards / "offloaded_tensors" / "rank0").mkdir(parents=True)
     assert refusal(shards) == (
-        f"{shards} has optimizer states on NVMe, which are not read; resume with the same layout."
+        f"{shards} has optimizer states in files as they were on NVMe, which are not read; start from its weights "
+        "with --reset_optimizer."
     )
 
 
