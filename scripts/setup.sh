@@ -60,7 +60,7 @@ setup_browser() {
     install_packages tests/browser chromium
 }
 
-# What DeepSpeed compiles its operator for NVMe against; only tests of offloading to NVMe need it.
+# What DeepSpeed compiles its operator for NVMe against; only slow tests need it.
 setup_libaio() {
     if ! echo '#include <libaio.h>' | "${CXX:-c++}" -E -x c++ - >/dev/null 2>&1; then
         install_packages "tests of offloading to NVMe in tests/distributed/test_offload.py" libaio-dev

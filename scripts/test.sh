@@ -34,6 +34,7 @@ setup_browser
 setup_libaio
 if [[ " $* " == *" --slow "* ]]; then
     setup_ssh
+    setup_libaio
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

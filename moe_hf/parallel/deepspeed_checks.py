@@ -111,6 +111,7 @@ def _ranks_per_stage(config: Config, world_size: int) -> int:
 def _check_zero(config: Config) -> None:
     if "zero_optimization" not in config:  # Accelerate insists on the section
         raise ConfigError('zero_optimization is missing; add "zero_optimization": {"stage": 1} (0, 1, 2 or 3)')
+    zero_stage(config)
 
 
 def _check_precision(config: Config, *, bf16: bool, fp16: bool) -> None:

@@ -14,13 +14,12 @@ from moe_hf.errors import ConfigError
 from moe_hf.parallel import deepspeed_checks as checks
 from moe_hf.parallel import deepspeed_config as dc
 from moe_hf.parallel.deepspeed_schema import AUTO_KEYS, check_deepspeed_keys, check_deepspeed_values, deepspeed_schema
+from moe_hf.parallel.offload import with_nvme_path
 from moe_hf.presets import read_preset
 
 FOLDER = Path(__file__).parents[3] / "ds_configs"
-SHIPPED = [
-    FOLDER / f"{name}.json"
-    for name in ("zero1", "zero1_pp", "zero2", "zero2_ep", "zero2_tp_ep", "zero3", "zero3_ep", "zero3_offload")
-]
+GENERAL = "zero1 zero1_pp zero2 zero2_ep zero2_tp_ep zero3 zero3_ep zero3_offload zero3_nvme zero3_ep_nvme"
+SHIPPED = [FOLDER / f"{name}.json" for name in GENERAL.split()]
 # They make other steps: distributed/test_precision.py runs them.
 WITH_OPTIMIZERS = {"zero2_muon", "zero2_ep_cpu_adam"}
 # Its ranks share rows: distributed/test_sequence_parallel.py runs it.
@@ -76,11 +75,13 @@ def refuses(sentence: str):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_files_pass_and_leave_the_argument_unchanged(path):
     config = dc.read_deepspeed_json(path)
+    if path.stem.endswith("nvme"):
+        config = with_nvme_path(config, "/local/disk")
     before = copy.deepcopy(config)
     checks.check_deepspeed_config(config, **RUN)
     checks.check_deepspeed_config(config, **(RUN | {"bf16": False, "world_size": 2, "max_grad_norm": 0.5}))
     assert config == before
-    assert dc.expert_parallel_size(config) == (2 if path.stem.endswith("_ep") else 0)
+    assert dc.expert_parallel_size(config) == (2 if "_ep" in path.stem else 0)
     assert f"zero{dc.zero_stage(config)}" == path.stem[:5]
     assert not {"optimizer", "scheduler"} & set(config)
 

@@ -13,6 +13,7 @@ import torch
 from moe_hf import MoEConfig, MoEForCausalLM
 from moe_hf.errors import ConfigError
 from moe_hf.parallel import nvme_checks, swap_files, swap_folder
+from moe_hf.parallel.deepspeed_schema import check_deepspeed_keys, check_deepspeed_values
 from moe_hf.parallel.nvme_checks import check_nvme, locked_bytes, weights_of
 from moe_hf.parallel.offload import check_offload, nvme_sections, with_nvme_path
 
@@ -99,6 +100,8 @@ def test_the_path_may_come_from_the_command_line():
     changed = with_nvme_path(config, "/mnt/nvme0")
     assert [section["nvme_path"] for section in nvme_sections(changed).values()] == ["/mnt/nvme0"] * 2
     assert "nvme_path" not in json.dumps(config), "a copy"
+    check_deepspeed_keys(changed)
+    check_deepspeed_values(changed)
     check_offload(changed)
     with pytest.raises(ConfigError, match=r"nvme_path /mnt has no effect, .* use ds_configs/zero3_nvme"):
         with_nvme_path(zero(3, offload_optimizer={"device": "cpu"}), "/mnt")
