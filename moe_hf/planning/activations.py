@@ -112,8 +112,8 @@ def _working(config: MoEConfig, setting: Setting, sparse: bool) -> float:
     if not sparse:
         return dense
     rows = setting.tokens * config.num_experts_per_tok / setting.tp_size
-    combining = (8 + b) * hidden  # in FP32, where the rows of a token are weighed and summed
-    return rows * max(combining, b * (2 * hidden + 3 * config.moe_intermediate_size))
+    combining = 14 * hidden  # in FP32, where the rows of a token are weighed and summed
+    return rows * max(combining, b * (2 * hidden + 2 * config.moe_intermediate_size))
 
 
 def _saved_by_head(config: MoEConfig, setting: Setting) -> float:

@@ -13,6 +13,7 @@ from moe_hf.planning.search import check_setting
 from moe_hf.presets import read_preset
 
 SCRIPTS = sorted((ROOT / "scripts").glob("train_*.sh"))
+TIMES = ("always", "computing", "stepping")
 SMALL = ["--config_name", "moe-40m", "--gpus", "2"]
 
 
@@ -67,6 +68,8 @@ def test_json_of_mixtral_on_sixteen_gpus(capsys):
         held[amount["kind"]] = held.get(amount["kind"], 0) + (amount["bytes"] if amount["place"] == "gpu" else 0)
     for kind, size in (("weights", 2), ("gradients", 2), ("optimizer", 12)):
         assert held[kind] == pytest.approx(size * total / 16, rel=1e-3)
+    times = {when: sum(a["bytes"] for a in found["memory"] if a["when"] == when) for when in TIMES}
+    assert found["peak_bytes"] == times["always"] + max(times["computing"], times["stepping"])
     assert found["peak_bytes"] <= found["usable_bytes"] == 72e9 and found["host_bytes"] == 0
     # Two matrices of tokens to the experts and back, forward, again forward, and backward: 16 x 32 layers.
     (exchange,) = [m for m in found["messages"] if m["purpose"] == "tokens to experts and back"]

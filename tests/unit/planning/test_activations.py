@@ -1,9 +1,13 @@
 """Saved activations against what autograd really saves, tensor by tensor, in our layers and in AutoEP's."""
 
+import weakref
+
 import pytest
 import torch
 from deepspeed.module_inject.auto_ep import AutoEP
 from deepspeed.module_inject.auto_ep_config import parse_autoep_config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from moe_hf import MoEConfig, MoEForCausalLM, language_head
 from moe_hf.parallel import autoep
@@ -87,6 +91,47 @@ def test_layer_saves_what_is_predicted(kind, in_autoep, item_size):
     trained = setting(item_size, ep_size=int(in_autoep))
     predicted = saved_by_layer(model.config, trained, sparse=model.config.num_experts > 0)
     assert predicted == pytest.approx(bytes_saved(model, run), rel=0.02)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made and not yet let go of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_flatten(result)[0]:
+            if torch.is_tensor(tensor) and (place := tensor.untyped_storage()._cdata) not in self._known:
+                size = tensor.untyped_storage().nbytes()
+                self._known.add(place)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(tensor.untyped_storage(), self._forget, place, size)
+        return result
+
+    def _forget(self, place: int, size: int) -> None:
+        self._known.discard(place)
+        self.now -= size
+
+
+@pytest.mark.parametrize("width", [208, 640])
+@pytest.mark.parametrize(("kind", "in_autoep"), [("dense", False), ("sparse", False), ("sparse", True)])
+def test_backward_pass_of_a_layer_needs_what_is_estimated(kind, in_autoep, width):
+    """What is saved, and the gradients of activations beside it; those of weights are counted elsewhere."""
+    sizes = {"intermediate_size": width, "moe_intermediate_size": width}
+    model = make_model(LAYERS[kind] | sizes, 2, in_autoep)
+    hidden = torch.randn(1, 4 * TOKENS, SHAPE["hidden_size"], dtype=torch.bfloat16, requires_grad=True)
+    positions = model.model.rotary_emb(hidden, position_ids=torch.arange(4 * TOKENS)[None])
+    with LiveBytes() as live:
+        output = model.model.layers[0](hidden, attention_mask=None, position_embeddings=positions)
+        output.sum().backward()
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    amounts = activation_amounts(model.config, setting(ep_size=int(in_autoep), micro_batch=4))
+    (estimate,) = [a.bytes for a in amounts if a.name == "one layer, backward"]
+    assert estimate == pytest.approx(live.peak - gradients, rel=0.15)
 
 
 def test_head_never_holds_all_logits():

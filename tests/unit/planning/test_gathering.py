@@ -68,8 +68,10 @@ def times(zero: dict, **others) -> tuple[dict[str, int], int]:
 
 
 def test_what_is_kept_is_gathered_once_and_takes_more_room():
+    # With prefetching and without: each has a rule of its own by which weights stay.
     once, all_of_it = times(FAR | {"stage3_max_live_parameters": 10**9})
     assert set(once.values()) == {1}
+    assert times(FAR | {"stage3_prefetch_bucket_size": 0})[0] == once
     again, few = times(NEVER)
     # Forward, forward again and backward.
     assert set(again.values()) == {2, 3} and few < 0.3 * all_of_it

@@ -38,7 +38,7 @@ def test_groups_are_those_of_the_trainer_and_of_autoep(monkeypatch):
     """The same parameters together, also where experts are too many for one group."""
     for module, name in ((autoep, "_MAX_GROUP_SIZE"), (parameters, "MAX_GROUP_SIZE")):
         assert getattr(module, name) == 178_956_971
-        monkeypatch.setattr(module, name, 3000)
+        monkeypatch.setattr(module, name, 8000)
     config = small_config(attention_bias=True, num_hidden_layers=8)
     model = MoEForCausalLM(config)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -52,6 +52,9 @@ def test_groups_are_those_of_the_trainer_and_of_autoep(monkeypatch):
     found = optimizer_groups(config, setting(ep_size=2))
     assert len(wanted) > 4
     assert [{p.name.partition(".experts.")[0] for p in group} for group in found] == wanted
+    # AutoEP has routers of its own, which come after what was there before.
+    routers = [f"model.layers.{i}.mlp.gate.weight" for i in (1, 3, 5, 7)]
+    assert [p.name for p in found[0][-4:]] == routers
     assert sum(p.numel for group in found[2:] for p in group) * 2 == sum(
         p.numel() for group in optimizer.param_groups[2:] for p in group["params"]
     )
