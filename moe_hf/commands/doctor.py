@@ -71,7 +71,7 @@ def add_parser(commands) -> None:
     )
     test.add_argument("--work_dir", "--work-dir", type=Path, help="keep its files in this new folder")
     test.add_argument(
-        "--timeout", type=float, default=120.0, metavar="SECONDS", help="end it when nothing has moved for so long"
+        "--timeout", type=float, default=300.0, metavar="SECONDS", help="end it when nothing has moved for so long"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.set_defaults(run=_doctor)

@@ -44,7 +44,7 @@ class Request:
     per_machine: int = 8
     self_test_ranks: int | None = None
     work_dir: Path | None = None
-    patience: float = 120.0
+    patience: float = 300.0
 
 
 def examine(request: Request, say: Callable[[str], None]) -> Report:

@@ -32,7 +32,9 @@ class Layout:
         """Return such as `4 processes, EP 2, PP 2`."""
         sizes = {"TP": self.tensor, "SP": self.sequence, "PP": self.pipeline}
         named = [f"{name} {size}" for name, size in sizes.items() if size > 1]
-        return ", ".join([f"{self.ranks} processes", f"EP {self.expert or 'off'}", *named])
+        return ", ".join(
+            [f"{self.ranks} process{'es' if self.ranks > 1 else ''}", f"EP {self.expert or 'off'}", *named]
+        )
 
 
 def layout_of(config: Config, num_ranks: int) -> Layout:

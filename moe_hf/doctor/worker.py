@@ -38,7 +38,7 @@ def run_plan(argv: list[str], relay: FailureRelay, description: str | None = Non
     cases, folder = json.loads(path.read_text())["cases"], path.parent
     log = PhaseLog(folder / PHASES, rank())
     with _errors_recorded(folder / ERRORS, log):
-        log.begin("joining the others")
+        log.begin("joining the others, after compiling what DeepSpeed has not yet compiled here")
         for number, case in enumerate(cases):
             start = time.monotonic()
             results = _run_case(case, relay, log, measures=number == 0)

@@ -58,7 +58,13 @@ def test_a_healthy_run_on_two_processes(tmp_path):
     assert numbers["losses"] == pytest.approx(numbers["losses_of_one_process"], rel=2e-6)
     assert numbers["grad_norms"] == pytest.approx(numbers["grad_norms_of_one_process"], rel=2e-6)
     assert all(measured["right"] for measured in numbers["exchange"].values()) and len(numbers["exchange"]) == 2
-    for phase in ("one process", "joining the others", "training, step 1", "training, exporting", "resuming, step 3"):
+    for phase in (
+        "one process",
+        "joining the others, after compiling what DeepSpeed has not yet compiled here",
+        "training, step 1",
+        "training, exporting",
+        "resuming, step 3",
+    ):
         assert f"self-test: {phase} …" in said
 
     # What the doctor says that a checkpoint takes is what this one takes.
@@ -98,7 +104,7 @@ def test_every_fault_turns_its_own_check_red(fault, expected, sentence, tmp_path
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_named_with_its_phase(tmp_path):
-    code, report, _ = doctor(*ZERO3_EP, "--output_dir", tmp_path, "--timeout", 20, fault="a_rank_hangs")
+    code, report, _ = doctor(*ZERO3_EP, "--output_dir", tmp_path, "--timeout", 45, fault="a_rank_hangs")
     assert code == 1 and red(report) == {"training steps"}
     found = self_test(report)["training steps"]["found"]
     assert "nothing moved any more: rank 1 in 'train: step 3' (at <lambda>, doctor_faults/sitecustomize.py:" in found
