@@ -64,7 +64,7 @@ def test_without_it_everything_else_is_free():
         ),
         (
             tensor_json(**with_zero(offload_optimizer={"device": "cpu"})),
-            'zero_optimization.offload_optimizer.device="cpu" does not work with tensor_parallel_size=2; delete offload_',
+            'zero_optimization.offload_optimizer.device="cpu" does not work with tensor_parallel_size=2; delete',
         ),
         (
             tensor_json(3, None, **with_zero(stage=3, offload_param={"device": "nvme"})),
