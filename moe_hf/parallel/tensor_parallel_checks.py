@@ -135,13 +135,9 @@ def _check_zero(config: Config, with_tensor: str) -> None:
             raise mistake(key, value, f"does not work {with_tensor}; delete it")
     for key in ("offload_optimizer", "offload_param"):
         device = lookup(config, f"zero_optimization.{key}.device", "none")
-        if device != "none" and expert_parallel_size(config):
-            raise mistake(
-                f"zero_optimization.{key}.device",
-                device,
-                f"does not work {with_tensor} and expert_parallel_size={expert_parallel_size(config)}; delete {key}, "
-                "or leave tensor parallelism out",
-            )
+        if device != "none":
+            wanted = f"does not work {with_tensor}; delete {key}, or leave tensor parallelism out"
+            raise mistake(f"zero_optimization.{key}.device", device, wanted)
     if "grad_accum_dtype" in get_section(config, "data_types") and zero_stage(config) == 1:
         dtype = lookup(config, "data_types.grad_accum_dtype", None)
         raise mistake("data_types.grad_accum_dtype", dtype, f"does not work {with_tensor} at ZeRO 1; use stage 2")
