@@ -60,6 +60,13 @@ setup_browser() {
     install_packages tests/browser chromium
 }
 
+# What DeepSpeed compiles its operator for NVMe against; only slow tests need it.
+setup_libaio() {
+    if ! echo '#include <libaio.h>' | "${CXX:-c++}" -E -x c++ - >/dev/null 2>&1; then
+        install_packages "tests of offloading to NVMe in tests/distributed/test_offload.py" libaio-dev
+    fi
+}
+
 # What starts a run on two machines from one of them; only a slow test needs it.
 setup_ssh() {
     if ! PATH="$PATH:/usr/sbin" command -v sshd >/dev/null || ! command -v pdsh >/dev/null; then

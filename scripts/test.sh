@@ -31,6 +31,7 @@ setup_venv test
 setup_browser
 if [[ " $* " == *" --slow "* ]]; then
     setup_ssh
+    setup_libaio
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
