@@ -78,17 +78,17 @@ def add_parser(commands) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from transformers import logging as transformers_logging
-
-    from ..doctor.examination import examine
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    # On every machine without a GPU it warns that there is none.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     progress = _Progress()
-    # What libraries print is no part of the report.
+    # What libraries print, some of them when they are imported, is no part of the report.
     with contextlib.redirect_stdout(sys.stderr), _ending_on_sigterm():
+        from transformers import logging as transformers_logging
+
+        from ..doctor.examination import examine
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        # On every machine without a GPU it warns that there is none.
+        logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
         report = examine(_request(arguments), progress)
     progress.end()
     if arguments.json:

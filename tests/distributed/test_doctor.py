@@ -132,6 +132,6 @@ def test_a_rank_that_dies_is_named_with_its_error(tmp_path):
 )
 def test_recipes_on_a_login_node(ranks, words, tmp_path):
     """Of a run that is much larger than this machine, its disk too: only the self-test has to be well."""
-    words = (*words, "--bf16", "--gradient_checkpointing", "--self_test_ranks", ranks, "--output_dir", tmp_path)
+    words = (*words, "--bf16", "--self_test_ranks", ranks, "--output_dir", tmp_path)
     _, report, _ = doctor(*words)
     assert not red(report) and self_test(report).keys() == {*CHECKS, "not as the run"}, self_test(report)
