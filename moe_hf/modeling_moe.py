@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -25,6 +25,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_moe import MoEConfig
+from .kept_choices import keep_choices
 from .language_head import IGNORED_LABEL, LanguageHead
 from .modeling_outputs import MoECausalLMOutput, MoEModelOutput
 from .router_losses import StatisticsReducer, count_layers, router_losses, router_statistics
@@ -316,16 +317,6 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + F.dropout(attention, self.hidden_dropout, self.training)
         update = self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states + F.dropout(update, self.hidden_dropout, self.training)
-
-
-def keep_choices() -> tuple:
-    """Let recomputation reuse the experts that the first forward pass has chosen, instead of choosing anew.
-
-    Sums in another order, as on a GPU, can turn a choice between nearly equal scores: the gradients would then belong
-    to experts that have not made the output. Kept is what every choice comes from, the results of top-k and sort.
-    """
-    choices = [torch.ops.aten.topk.default, torch.ops.aten.sort.stable]
-    return create_selective_checkpoint_contexts(choices)
 
 
 class MoEPreTrainedModel(PreTrainedModel):

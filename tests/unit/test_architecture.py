@@ -19,6 +19,7 @@ TRAVELLING = (
     "routing",
     "router_selection",
     "router_losses",
+    "kept_choices",
     "language_head",
     "modeling_outputs",
     "modeling_moe",

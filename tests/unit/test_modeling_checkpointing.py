@@ -131,3 +131,25 @@ def test_without_that_recomputation_would_choose_anew(method, monkeypatch):
     monkeypatch.setattr("moe_hf.modeling_moe.keep_choices", noop_context_fn)
     first, second = choices_of_both_passes(METHODS[method])
     assert any(not torch.equal(index, again) for (index, _), (again, _) in zip(first, second, strict=True))
+
+
+def test_recomputation_may_do_more_than_the_first_pass():
+    """ZeRO-3 fetches weights that were there the first time, with operations of its own."""
+    plain, model = (tiny_model(router_aux_loss_coef=0.5).train() for _ in range(2))
+    model.load_state_dict(plain.state_dict())
+    model.gradient_checkpointing_enable()
+    seen = set()
+
+    def fetch(module, _) -> None:
+        if module in seen:
+            module.weight.detach().view(-1).sum()
+        seen.add(module)
+
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(fetch)
+    ids = random_ids(2, 9)
+    for each in (plain, model):
+        each(ids, labels=ids, use_cache=False).loss.backward()
+    assert len(seen) == model.config.num_hidden_layers
+    for (name, grad), expected in zip(gradients(model).items(), gradients(plain).values(), strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-9, msg=name)

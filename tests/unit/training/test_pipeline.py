@@ -40,6 +40,7 @@ EXPORTED = {
     "router_losses.py",
     "router_rules.py",
     "router_selection.py",
+    "kept_choices.py",
     "language_head.py",
     "modeling_outputs.py",
     "routing.py",
