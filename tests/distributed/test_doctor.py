@@ -49,7 +49,8 @@ def red(report: dict) -> set[str]:
 
 
 def test_a_healthy_run_on_two_processes(tmp_path):
-    code, report, said = doctor(*ZERO3_EP, "--output_dir", tmp_path / "out", "--work_dir", tmp_path / "work")
+    folders = ("--output_dir", tmp_path / "out", "--work_dir", tmp_path / "work")
+    code, report, said = doctor(*ZERO3_EP, *folders, "--gradient_checkpointing")
     assert code == 0 and report["well"], report
     found = self_test(report)
     assert found.keys() == CHECKS and {finding["status"] for finding in found.values()} == {"ok"}
@@ -76,6 +77,7 @@ def test_a_healthy_run_on_two_processes(tmp_path):
     assert export_bytes(parameters, in_16_bits=False) == pytest.approx(weights, rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_wrong_router_shows_on_one_process(tmp_path):
     words = (*ZERO3_EP, "--self_test_ranks", "1", "--output_dir", tmp_path / "out")
     code, report, _ = doctor(*words, fault="upstreams_router")
@@ -132,6 +134,6 @@ def test_a_rank_that_dies_is_named_with_its_error(tmp_path):
 )
 def test_recipes_on_a_login_node(ranks, words, tmp_path):
     """Of a run that is much larger than this machine, its disk too: only the self-test has to be well."""
-    words = (*words, "--bf16", "--self_test_ranks", ranks, "--output_dir", tmp_path)
+    words = (*words, "--bf16", "--gradient_checkpointing", "--self_test_ranks", ranks, "--output_dir", tmp_path)
     _, report, _ = doctor(*words)
     assert not red(report) and self_test(report).keys() == {*CHECKS, "not as the run"}, self_test(report)

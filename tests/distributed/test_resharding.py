@@ -68,6 +68,7 @@ SOURCES = [
 # What others show as well; run with --slow.
 SLOW_SOURCES = {
     Layout(2, 0, None, "bf16"),
+    Layout(4, 2, 2),
     Layout(4, 3, 2, "bf16"),
     Layout(2, 3, None, routers="own"),
     Layout(2, 1, 2, routers="frozen"),
@@ -168,7 +169,8 @@ def save_with_other_weights(model: Path, destination: Path) -> Path:
 @pytest.fixture(scope="module")
 def lab(request, tmp_path_factory, small_model, rows_file) -> Path:
     """Folder in which every run has left `NAME/checkpoint-N`, and what it logged in `results/NAME`."""
-    skipped = set() if request.config.getoption("--slow") else SLOW_SOURCES
+    all_runs = request.config.getoption("--slow")
+    skipped = set() if all_runs else SLOW_SOURCES
     folder = tmp_path_factory.mktemp("resharding")
     models = {"softmax": small_model, "sigmoid": folder / "sigmoid_model"}
     save_small_model(models["sigmoid"], **ROUTING["sigmoid"])
@@ -191,13 +193,14 @@ def lab(request, tmp_path_factory, small_model, rows_file) -> Path:
         argv = flags(plan, layout.ranks, **(words | others))
         return {"name": name, "argv": [*argv, "--bf16"] if layout.dtype == "bf16" else argv}
 
-    def leg(index: int) -> dict:
+    def leg(index: int) -> list[dict]:
         start, step = folder / f"leg{index - 1}", JOURNEY[index - 1][1]
         others = {"resume_from_checkpoint": start / f"checkpoint-{step}"} if index else {}
-        return case(f"leg{index}", JOURNEY[index][0], **others)
+        return [case(f"leg{index}", JOURNEY[index][0], **others)] if all_runs else []
 
     def launch(ranks: int, cases: list[dict]) -> None:
-        run_cases(ranks, cases, folder / "results", worker=RESHARDING_WORKER)
+        if cases:
+            run_cases(ranks, cases, folder / "results", worker=RESHARDING_WORKER)
 
     def crossings(ranks: int) -> list[dict]:
         return [
@@ -216,10 +219,10 @@ def lab(request, tmp_path_factory, small_model, rows_file) -> Path:
     for ranks in (4, 2):
         chosen = [source for source in SOURCES if source.ranks == ranks and source not in skipped]
         sources = [case(source.name, source, save_steps=SAVED_STEP) for source in chosen]
-        launch(ranks, [leg(0), *sources] if ranks == 4 else sources)
-    launch(2, [leg(1), *crossings(2)])
-    launch(1, [leg(2), *crossings(1)])
-    launch(4, [leg(3), *crossings(4)])
+        launch(ranks, [*leg(0), *sources] if ranks == 4 else sources)
+    launch(2, [*leg(1), *crossings(2)])
+    launch(1, [*leg(2), *crossings(1)])
+    launch(4, [*leg(3), *crossings(4)])
     return folder
 
 
@@ -295,6 +298,7 @@ def test_run_ends_like_the_uninterrupted_one(lab, source, target):
     assert_same_end(lab, crossing_name(source, target), source.name, SAVED_STEP, TOLERANCE[source.dtype], keys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(1, len(JOURNEY)))
 def test_run_that_moves_three_times(lab, index):
     step = JOURNEY[index - 1][1]
@@ -302,6 +306,7 @@ def test_run_that_moves_three_times(lab, index):
     assert_same_end(lab, f"leg{index}", "leg0", step, TOLERANCE["fp32"])
 
 
+@pytest.mark.slow
 def test_checkpoint_is_converted_once(lab):
     """Two runs went on from it with AutoEP: the first has converted it, and the folder is as old as that."""
     source = Layout(4, 2, 2)

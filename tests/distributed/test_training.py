@@ -24,7 +24,7 @@ from moe_hf.checkpoint.manifest import read_manifest, write_manifest
 SHIPPED = sorted(
     path.name
     for path in (ROOT / "ds_configs").glob("zero*.json")
-    if not any(f'"{key}"' in path.read_text() for key in ("optimizer", "tensor_parallel"))
+    if not any(f'"{key}"' in path.read_text() for key in ("optimizer", "tensor_parallel", "pipeline", "nvme"))
 )
 SHIPPED.append("xlarge-70b.json")
 EP_RUNS = {"zero2_ep": (2, 2), "zero3_ep": (3, 2)}
