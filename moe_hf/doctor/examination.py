@@ -11,8 +11,8 @@ from ..configuration_moe import MoEConfig
 from ..errors import ConfigError
 from ..parallel.deepspeed_config import read_deepspeed_json, zero_stage
 from ..training.arguments import ModelArguments, construct, parse_arguments
+from ..training.checked_run import CheckedRun
 from ..training.model_config import build_config
-from ..training.pipeline import CheckedRun
 from .compiler import check_compiler
 from .findings import ADVICE, SKIPPED, Finding, Report
 from .hardware import check_accelerator, check_interconnect, num_accelerators

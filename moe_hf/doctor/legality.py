@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from ..errors import UserError
 from ..parallel import placement
-from ..training.pipeline import CheckedRun, check_command_line
+from ..training.checked_run import CheckedRun, check_command_line
 from .findings import ADVICE, OK, WRONG, Finding
 
 _AREA = "run"

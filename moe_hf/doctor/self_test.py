@@ -11,7 +11,7 @@ import torch
 
 from ..errors import ConfigError, UserError
 from ..modeling_moe import MoEForCausalLM
-from ..training.pipeline import CheckedRun, check_command_line
+from ..training.checked_run import CheckedRun, check_command_line
 from .findings import OK, SKIPPED, WRONG, Finding
 from .hardware import num_accelerators, num_cores
 from .launching import Ended, launch

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..configuration_moe import MoEConfig
 from ..parallel.deepspeed_config import Config
-from ..training.pipeline import CheckedRun
+from ..training.checked_run import CheckedRun
 from .layout import Layout, layout_of, shrunk, with_layout
 from .one_process import Recipe
 from .twin import make_rows, twin_of, write_rows, write_twin

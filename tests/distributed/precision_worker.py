@@ -7,7 +7,7 @@ import worker
 from deepspeed.accelerator import get_accelerator
 from transformers import TrainerCallback
 
-from moe_hf.training import pipeline
+from moe_hf.training import checked_run
 
 
 class LossScales(TrainerCallback):
@@ -28,7 +28,7 @@ def allow_fp16() -> None:
     dtypes = accelerator.supported_dtypes()
     accelerator.is_fp16_supported = lambda: True
     accelerator.supported_dtypes = lambda: [*dtypes, torch.float16]
-    pipeline.has_fp16 = lambda: True
+    checked_run.has_fp16 = lambda: True
 
 
 def main() -> None:

@@ -468,7 +468,7 @@ OTHER_MACHINE = Case(
     "only rank 1 has seen this",
     nodes=2,
     patches=(
-        Patch("moe_hf.training.pipeline.check_data_arguments", raises="only rank 1 has seen this", rank=1),
+        Patch("moe_hf.training.checked_run.check_data_arguments", raises="only rank 1 has seen this", rank=1),
         Patch("moe_hf.parallel.failure._PATIENCE_SECONDS", value=3.0),
     ),
 )

@@ -7,7 +7,7 @@ from launching import ROOT
 
 from moe_hf.doctor.legality import check_run, launched
 from moe_hf.doctor.trial import trial_of, write_plan
-from moe_hf.training.pipeline import check_command_line
+from moe_hf.training.checked_run import check_command_line
 
 
 def run_of(tmp_path, num_ranks: int, deepspeed: str = "ds_configs/zero3_ep.json", **others):
