@@ -124,7 +124,9 @@ def _gradients_of_zero12(own: int, touched: int, groups, setting: Setting) -> It
 def _of_zero3(groups: list[list[Parameter]], setting: Setting) -> Iterator[Amount]:
     zero = setting.zero
     own = sum(p.partition for group in groups for p in group)
-    kept = sum(p.numel for p in persistent(groups, setting))
+    # Where one rank has all of a weight, on the device, its share is the whole.
+    is_copy = zero.offload_param != "none"
+    kept = sum(p.numel for p in persistent(groups, setting) if p.ranks > 1 or is_copy)
     optimizer = _PLACES[zero.offload_optimizer]
     yield Amount("weights", "weights of its share", setting.item_size * own, _PLACES[zero.offload_param])
     yield Amount("weights", "small weights, whole", setting.item_size * kept)
