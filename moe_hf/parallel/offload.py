@@ -87,6 +87,9 @@ def _check_stage(config: Config) -> None:
     if stage < 3 and offload_device(config, "offload_optimizer") == "nvme":
         wanted = f'would rest in host memory at ZeRO stage {stage}; use stage 3, or "cpu"'
         raise mistake("zero_optimization.offload_optimizer.device", "nvme", wanted)
+    if "offload_param" in nvme_sections(config) and "offload_optimizer" not in nvme_sections(config):
+        wanted = 'without offload_optimizer.device="nvme" cannot be resumed; write "nvme" for both, or "cpu"'
+        raise mistake("zero_optimization.offload_param.device", "nvme", wanted)
 
 
 def _check_variants(config: Config) -> None:

@@ -26,6 +26,9 @@ _SENT = {
 # Counts of tokens for each expert are int32 where experts are exchanged.
 _COUNT_BYTES = 4
 
+# DeepSpeed sums these gradients in float32.
+_WHOLE_GRADIENT_BYTES = 4
+
 
 @dataclass(frozen=True)
 class Collective:
@@ -68,7 +71,8 @@ def collectives(
         setting: how it is trained.
         gathered: of `gathering`, at ZeRO 3.
     """
-    found = [*_zero(groups, setting, gathered), *_experts(config, setting), *_tensor_parallel(config, setting)]
+    found = [*_zero(groups, setting, gathered), *_experts(config, setting)]
+    found += _tensor_parallel(groups, config, setting)
     # DeepSpeed gathers nothing where one rank has it all, but hands in what it reduces.
     return [each for each in found if each.message and (each.ranks > 1 or "gather" not in each.operation)]
 
@@ -143,20 +147,30 @@ def _experts(config: MoEConfig, setting: Setting) -> Iterator[Collective]:
     yield Collective("all_to_all_single", "numbers of these tokens", message=counts, **where)
 
 
-def _tensor_parallel(config: MoEConfig, setting: Setting) -> Iterator[Collective]:
-    """Yield the sums of AutoTP after each row-divided matrix, and backward before each column-divided one.
+def _tensor_parallel(groups: list[list[Parameter]], config: MoEConfig, setting: Setting) -> Iterator[Collective]:
+    """Yield the sums of AutoTP: after each row-divided matrix, and backward before each column-divided one.
 
-    As in Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053, section 3).
+    Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053, section 3) has one backward for each block; AutoTP takes the
+    matrices that share an input one by one. Recomputation ends before the last sum of a dense layer.
     """
     if setting.tp_size == 1:
         return
-    forwards = 2 if setting.checkpointing else 1
-    shared = config.num_sparse_layers if config.shared_expert_intermediate_size else 0
-    blocks = 2 * config.num_hidden_layers - config.num_sparse_layers + shared
+    layers, sparse = config.num_hidden_layers, config.num_sparse_layers
+    shared = sparse if config.shared_expert_intermediate_size else 0
+    mlps = layers - sparse + shared
+    forward = layers + mlps + ((layers + shared) if setting.checkpointing else 0)
+    inputs_of_attention = 3 if config.attention_gate is None else 4
+    backward = inputs_of_attention * layers + 2 * mlps
     hidden = setting.item_size * setting.tokens * config.hidden_size * setting.accumulation
     where = {"ranks": setting.tp_size, "stride": 1, "waits": True}
-    message = (forwards + 1) * blocks * hidden
+    with_experts = sparse if setting.ep_size else 0
+    message = (forward + backward + with_experts) * hidden
     yield Collective("all_reduce", "activations over tensor parallelism", message=message, **where)
-    if setting.ep_size and config.num_sparse_layers:
-        message = forwards * config.num_sparse_layers * config.num_experts_per_tok * hidden // setting.tp_size
-        yield Collective("all_gather_into_tensor", "experts' rows over tensor parallelism", message=message, **where)
+    if with_experts:
+        rows = with_experts * config.num_experts_per_tok * hidden // setting.tp_size
+        yield Collective("all_reduce", "experts' rows over tensor parallelism", message=2 * rows, **where)
+        # Every rank has sent other rows to the experts, so each has a part of the gradient of what is not divided.
+        whole = sum(p.numel for group in groups for p in group if not p.is_expert and not p.is_divided)
+        times = setting.accumulation if setting.zero.stage > 1 else 1
+        message = _WHOLE_GRADIENT_BYTES * whole * times
+        yield Collective("all_reduce", "gradients of what is not divided", message=message, **where)

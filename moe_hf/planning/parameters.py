@@ -39,6 +39,11 @@ class Parameter:
     is_expert: bool = False
 
     @property
+    def is_divided(self) -> bool:
+        """Whether tensor parallelism divides it."""
+        return _DIVIDED.search(self.name) is not None and not self.name.endswith(("o_proj.bias", "down_proj.bias"))
+
+    @property
     def decays(self) -> bool:
         """Whether it is in the optimizer's group with weight decay."""
         return _NOT_DECAYED.search(self.name) is None
@@ -87,7 +92,7 @@ def _by_source(config: MoEConfig, setting: Setting) -> Iterator[tuple[int, list[
         part = Parameter(name, numel, setting.data_parallel_size)
         if ".mlp.experts." in name and setting.ep_size:
             yield numel, list(_of_autoep(part, setting))
-        elif _DIVIDED.search(name) and not name.endswith(("o_proj.bias", "down_proj.bias")):
+        elif part.is_divided:
             yield numel, [replace(part, numel=math.ceil(numel / setting.tp_size))]
         else:
             yield numel, [part]

@@ -9,6 +9,7 @@ from ..errors import ConfigError
 from ..parallel.deepspeed_checks import check_deepspeed_config
 from ..parallel.deepspeed_config import Config, with_expert_parallel_size
 from ..parallel.parallel_sizes import with_parallel_sizes
+from ..parallel.tensor_parallel_checks import check_tensor_parallel_model
 from .hardware import Hardware
 from .plan import Plan, make_plan
 from .setting import read_setting
@@ -142,6 +143,7 @@ def check_setting(
         bf16=precision == "bf16",
         fp16=precision == "fp16",
     )
+    check_tensor_parallel_model(deepspeed_json, config)
 
 
 def _clipping(deepspeed_json: Config) -> float:

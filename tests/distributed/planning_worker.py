@@ -11,6 +11,7 @@ import deepspeed.comm
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
+from deepspeed.runtime.tensor_parallel import init_utils
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -84,6 +85,7 @@ def main() -> None:
     for case in cases:
         AcceleratorState._reset_state(reset_partial_state=True)
         unset_hf_deepspeed_config()
+        init_utils._TP_MODEL_INIT_ARGS = None  # DeepSpeed remembers the dtype of the first
         trainer = build_trainer(case["argv"], relay)
         measuring = Measuring(trainer)
         trainer.add_callback(measuring)

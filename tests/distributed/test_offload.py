@@ -82,8 +82,6 @@ def _cells() -> list[Cell]:
         Cell("nvme_both", 3, None, NVME_OPTIMIZER, NVME_WEIGHTS, others=pieces),
         Cell("nvme_optimizer", 3, None, NVME_OPTIMIZER),
         Cell("nvme_optimizer_ep", 3, 2, NVME_OPTIMIZER),
-        Cell("nvme_weights", 3, None, CPU, NVME_WEIGHTS),
-        Cell("nvme_weights_ep", 3, 2, CPU, NVME_WEIGHTS),
         Cell("nvme_bf16", 3, None, NVME_OPTIMIZER, NVME_WEIGHTS, bf16=True),
         Cell("nvme_bf16_ep", 3, 2, NVME_OPTIMIZER, NVME_WEIGHTS, bf16=True),
         Cell("nvme_pipelines_ep", 3, 2, pipelines, NVME_WEIGHTS, others=pieces),
@@ -237,7 +235,8 @@ def test_what_rests_on_nvme_is_not_in_memory(cell, lab, wide_model):
         assert counts["optimizer_in_memory"] < 0.2 * 12 * numel / 2, counts
         if cell.weights is not None and not cell.bf16:
             assert counts["params_on_nvme"] > 0.5 * 4 * numel / 2, counts
-            assert counts["params_on_nvme"] + counts["params_in_memory"] < 1.6 * 4 * numel / 2, counts
+            # The last that were used are still in their buffers.
+            assert counts["params_in_memory"] < 0.4 * 4 * numel / 2, counts
 
 
 @pytest.mark.slow

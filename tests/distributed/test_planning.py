@@ -13,6 +13,7 @@ import pytest
 from launching import ROOT, run_cases
 from small import deepspeed_json, flags, recipe, save_small_model, small_config
 
+from moe_hf.parallel.parallel_sizes import with_parallel_sizes
 from moe_hf.planning.communication import collectives
 from moe_hf.planning.gathering import gathering
 from moe_hf.planning.memory import total
@@ -59,10 +60,11 @@ class Cell:
     options: dict = field(default_factory=dict, hash=False)
     sections: dict = field(default_factory=dict, hash=False)
     slow: bool = True
+    tp: int = 1
 
     @property
     def name(self) -> str:
-        more = "".join(f"-{key}" for key in [*self.options, *self.sections])
+        more = "".join(f"-{key}" for key in [*self.options, *self.sections]) + f"-tp{self.tp}" * (self.tp > 1)
         ep = "off" if self.ep is None else self.ep
         return f"ranks{self.ranks}-zero{self.zero}-ep_{ep}-{self.dtype}{'-ckpt' * self.checkpointing}{more}"
 
@@ -70,7 +72,12 @@ class Cell:
     def json(self) -> dict:
         config = deepspeed_json(self.zero, self.ep, comms_logger=LOGGED, **self.sections)
         config["zero_optimization"] |= {"reduce_bucket_size": 30_000} | self.options
-        return config
+        return with_parallel_sizes(config, tensor=self.tp)
+
+    @property
+    def readers(self) -> int:
+        """Ranks with rows of their own."""
+        return self.ranks // self.tp
 
     @cached_property
     def config(self):
@@ -83,7 +90,7 @@ class Cell:
             MODEL["hidden_size"],
             self.ranks,
             self.dtype,
-            micro_batch=4 // self.ranks,
+            micro_batch=4 // self.readers,
             sequence_length=ROW_LENGTH,
             accumulation=2,
             checkpointing=self.checkpointing,
@@ -111,6 +118,12 @@ CELLS = [
     Cell(4, 2, 2, "fp32", checkpointing=True, options={"use_multi_rank_bucket_allreduce": False}),
     Cell(4, 3, 2, "fp32", checkpointing=True, options=NEAR),
     Cell(4, 3, 1, "bf16", options=NEVER),
+    Cell(2, 1, None, "fp32", tp=2),
+    Cell(2, 2, 2, "bf16", checkpointing=True, tp=2),
+    Cell(4, 3, None, "bf16", options=FAR, tp=2),
+    Cell(4, 1, 2, "bf16", tp=2),
+    Cell(4, 2, 2, "bf16", tp=2),
+    Cell(4, 3, 4, "fp32", checkpointing=True, options=FAR, tp=2),
 ]
 DEFAULT = [cell for cell in CELLS if not cell.slow]
 
@@ -134,7 +147,7 @@ def measure(cells: list[Cell], model: Path, folder: Path) -> dict[str, list[dict
         path.write_text(json.dumps(cell.json))
         words = flags(
             replace(recipe([], 2), num_steps=3),
-            cell.ranks,
+            cell.readers,
             model_name_or_path=model / "model",
             train_file=model / "rows.jsonl",
             output_dir=folder / "out" / cell.name,
@@ -157,9 +170,12 @@ def measured(model, tmp_path_factory) -> dict[str, list[dict]]:
     return measure(DEFAULT, model, tmp_path_factory.mktemp("measured"))
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(
+    scope="module", params=[(2, 1), (4, 1), (2, 2), (4, 2)], ids=lambda sizes: "ranks{}-tp{}".format(*sizes)
+)
 def rest(request, model, tmp_path_factory) -> tuple[list[Cell], dict[str, list[dict]]]:
-    cells = [cell for cell in CELLS if cell.slow and cell.ranks == request.param]
+    """DeepSpeed keeps its tensor-parallel groups for the whole launch."""
+    cells = [cell for cell in CELLS if cell.slow and (cell.ranks, cell.tp) == request.param]
     return cells, measure(cells, model, tmp_path_factory.mktemp("measured"))
 
 

@@ -93,8 +93,11 @@ def test_script_trains_the_twin(recipe, tmp_path):
     done = run_script(recipe.script, "--output_dir", tmp_path, SMOKE="1")
     assert done.returncode == 0, f"{done.stdout[-2000:]}{done.stderr[-5000:]}"
 
-    losses = [entry["loss"] for entry in logged(tmp_path)]
-    assert len(losses) == 3 and torch.tensor(losses).isfinite().all() and losses[-1] < losses[0], losses
+    entries = logged(tmp_path)
+    losses, norms = torch.tensor([[entry["loss"], entry["grad_norm"]] for entry in entries]).T
+    # Of three different batches; that training learns is shown elsewhere.
+    assert len(losses) == 3 and losses.isfinite().all() and (norms > 0).all() and norms.isfinite().all(), entries
+    assert entries[-1]["skipped_steps"] == 0
 
     model, info = MoEForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]

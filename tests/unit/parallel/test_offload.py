@@ -69,8 +69,21 @@ def test_what_works_is_let_in(config):
             for stage in (1, 2)
         ),
         (zero(3, offload_optimizer={"device": "nvme"}), "offload_optimizer.nvme_path is missing; give .* --nvme_path"),
-        (zero(3, offload_param={"device": "nvme"}), "zero_optimization.offload_param.nvme_path is missing"),
-        (zero(3, offload_param=NVME), 'add "stage3_max_reuse_distance": 0 to zero_optimization'),
+        (
+            zero(3, offload_optimizer=NVME, offload_param={"device": "nvme"}),
+            "zero_optimization.offload_param.nvme_path is missing",
+        ),
+        *(
+            (
+                zero(3, offload_param=NVME, **optimizer),
+                'offload_param.device="nvme" without offload_optimizer.device="nvme" cannot be resumed; write "nvme" for',
+            )
+            for optimizer in ({}, {"offload_optimizer": {"device": "cpu"}})
+        ),
+        (
+            zero(3, offload_optimizer=NVME, offload_param=NVME),
+            'add "stage3_max_reuse_distance": 0 to zero_optimization',
+        ),
         (zero(3, offload_optimizer=NVME | {"buffer_count": 3}), "buffer_count=3 is too few .* of a group; write 4"),
         (zero(3, offload_optimizer=NVME | {"pipeline_read": True}), "buffer_count=4 is too few .* 2 groups; write 8"),
         (
