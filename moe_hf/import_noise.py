@@ -1,7 +1,7 @@
 """Keep optional packages quiet that Transformers imports by itself, on machines that have nothing for them to use.
 
-Without a GPU torchao and bitsandbytes complain at every start of the kernels that they cannot load, and DeepSpeed says on
-standard output, where others expect a command's answer, that it computes on the CPU.
+Without a GPU torchao and bitsandbytes complain at every start of the kernels that they cannot load, and DeepSpeed says
+on standard output, where others expect a command's answer, that it computes on the CPU.
 """
 
 import logging
