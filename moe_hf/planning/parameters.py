@@ -90,6 +90,9 @@ def _by_source(config: MoEConfig, setting: Setting) -> Iterator[tuple[int, list[
     """Yield each parameter of the saved model: its elements, and what a rank holds in its place."""
     for name, numel in _elements(config.to_json_string()).items():
         part = Parameter(name, numel, setting.data_parallel_size)
+        if setting.zero.stage == 3 and not part.is_divided:
+            # `zero.Init` has shared it over all ranks; what tensor parallelism divides is shared out anew.
+            part = replace(part, ranks=setting.world_size)
         if ".mlp.experts." in name and setting.ep_size:
             yield numel, list(_of_autoep(part, setting))
         elif part.is_divided:

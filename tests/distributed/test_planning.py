@@ -120,6 +120,7 @@ CELLS = [
     Cell(4, 3, 1, "bf16", options=NEVER),
     Cell(2, 1, None, "fp32", tp=2),
     Cell(2, 2, 2, "bf16", checkpointing=True, tp=2),
+    Cell(2, 3, None, "bf16", options=FAR, tp=2),
     Cell(4, 3, None, "bf16", options=FAR, tp=2),
     Cell(4, 1, 2, "bf16", tp=2),
     Cell(4, 2, 2, "bf16", tp=2),
