@@ -115,11 +115,12 @@ def _zero3(
     parameters: list[Parameter], setting: Setting, gathered: Gathering, what: str, where: dict
 ) -> Iterator[Collective]:
     waits = not setting.zero.overlap_comm
-    elements = sum(gathered.times.get(p.name, 0) * p.partition for p in parameters)
+    shared = [p for p in parameters if p.ranks > 1]
+    elements = sum(gathered.times.get(p.name, 0) * p.partition for p in shared)
     message = setting.accumulation * setting.item_size * elements
     yield Collective("all_gather_into_tensor", f"weights {what}", message=message, waits=waits, **where)
     kept = {p.name for p in persistent([parameters], setting)}
-    message = setting.item_size * sum(p.partition for p in parameters if p.name in kept)
+    message = setting.item_size * sum(p.partition for p in shared if p.name in kept)
     yield Collective("all_gather_into_tensor", f"small new weights {what}", message=message, waits=True, **where)
     scatters = setting.zero.reduce_scatter
     elements = sum(p.partition * p.ranks if scatters else p.numel for p in parameters)
