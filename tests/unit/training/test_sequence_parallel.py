@@ -51,7 +51,7 @@ def test_neighbours_read_the_same_part_of_a_stream(tmp_path):
     for rank in range(4):
         stream = stream_of(tmp_path, [source_of(tmp_path, pattern)])
         args = {"process_index": rank, "world_size": 4, "sequence_parallel_size": 2, "dataloader_num_workers": 0}
-        lay_out(stream, SimpleNamespace(**args, resume_from_checkpoint=None), None)
+        lay_out(stream, SimpleNamespace(**args, resume_from_checkpoint=None), None, num_readers=2)
         documents.append([number_of(row["input_ids"]) for row in islice(stream, 4)])
     first, same, second, same_again = documents
     assert first == same and second == same_again
