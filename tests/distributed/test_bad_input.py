@@ -262,7 +262,7 @@ DEEPSPEED = [
     ),
     with_json(
         "sp_with_tp",
-        "tensor_parallel.autotp_size=2 does not combine with sequence_parallel_size=2",
+        "sequence_parallel_size=2 does not work with tensor_parallel_size=2; use one of the two",
         sequence_parallel_size=2,
         tensor_parallel={"autotp_size": 2},
         ranks=4,

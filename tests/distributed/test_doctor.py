@@ -6,6 +6,7 @@ itself and the one process that they are compared with stay whole.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,14 +60,10 @@ def test_a_healthy_run_on_two_processes(tmp_path):
     assert numbers["losses"] == pytest.approx(numbers["losses_of_one_process"], rel=2e-6)
     assert numbers["grad_norms"] == pytest.approx(numbers["grad_norms_of_one_process"], rel=2e-6)
     assert all(measured["right"] for measured in numbers["exchange"].values()) and len(numbers["exchange"]) == 2
-    for phase in (
-        "one process",
-        "joining the others, after compiling what DeepSpeed has not yet compiled here",
-        "training, step 1",
-        "training, exporting",
-        "resuming, step 3",
-    ):
+    for phase in ("one process", "joining the others, after compiling what DeepSpeed has not yet compiled here"):
         assert f"self-test: {phase} …" in said
+    # What lasts shorter than from one look to the next is not told.
+    assert re.search(r"self-test: training, \w+", said) and re.search(r"self-test: resuming, \w+", said), said
 
     # What the doctor says that a checkpoint takes is what this one takes.
     checkpoint = tmp_path / "work" / "train" / "checkpoint-2"

@@ -45,7 +45,8 @@ def expected(small_model, rows_file, tmp_path_factory) -> list[tuple[float, floa
     return losses(folder)
 
 
-@pytest.mark.parametrize("starter", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("starter", list(STARTERS))
 def test_launcher_starts_the_same_run(starter, expected, small_model, rows_file, tmp_path):
     command = [sys.executable, "-m", *STARTERS[starter], str(free_port()), "run_clm_moe.py"]
     done = subprocess.run(
