@@ -4,6 +4,7 @@ import signal
 
 import torch
 from accelerate.utils import TorchDynamoPlugin
+from transformers import Trainer
 
 from ..errors import ConfigError, UserError
 from ..parallel.deepspeed_config import autoep_enabled, expert_parallel_size, zero_stage
@@ -17,6 +18,9 @@ from .measuring import MeasuringTrainer, num_unmasked
 from .nonfinite import NonFiniteGuard
 from .preemption import Preempted, SignalWatch, spare_workers
 from .router_optimizer import freeze_routers, split_router_group
+
+# Trainer multiplies the loss by the ranks that read rows of their own; older ones take all ranks for such.
+_KNOWS_AUTOTP = "get_tp_size" in Trainer.compute_loss.__code__.co_names
 
 
 class TrainingStopped(UserError):
@@ -81,7 +85,11 @@ class MoETrainer(MeasuringTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As in `Trainer`, with the count of tokens handed to the model."""
         inputs = {**inputs, "num_tokens_in_batch": self._num_tokens_in_batch}
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        is_scaled = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        if is_scaled and not _KNOWS_AUTOTP:
+            loss = loss / self._topology.tensor_parallel_size
+        return (loss, outputs) if return_outputs else loss
 
     # ---- steps ----
 
