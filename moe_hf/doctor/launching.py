@@ -123,10 +123,11 @@ def _what_went_wrong(folder: Path, return_code: int, stall: str, phase: str) -> 
     """Return a sentence, empty where all is well, and the phase that it is about."""
     if stall:
         return f"nothing moved any more: {stall}", phase
-    notes = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    written = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    notes = [json.loads(path.read_text()) for path in written]
     if notes:
-        # A rank that was cut off by another's end knows less than that other one.
-        note = min(notes, key=lambda note: (note["type"] in ("RuntimeError", "DistBackendError"), note["rank"]))
+        # A rank that was cut off by another's end comes later, and knows less than that other one.
+        note = min(notes, key=lambda note: note["type"] in ("RuntimeError", "DistBackendError"))
         return f"rank {note['rank']} in {note['phase']!r}: {note['type']}: {note['message'][:300]}", note["phase"]
     if return_code:
         return f"the processes ended with exit code {return_code} in {phase!r}", phase

@@ -89,9 +89,10 @@ def test_the_wrong_router_shows_on_one_process(tmp_path):
     ("fault", "expected", "sentence"),
     [
         ("upstreams_router", {"loss", "gradient norm", "training steps"}, "in one process"),
-        ("averaged_norm", {"gradient norm", "training steps"}, "in one process"),
+        ("averaged_norm", {"gradient norm"}, "in one process"),
         ("experts_twice", {"export"}, "4 of 47 tensors are not what the ranks hold"),
-        ("half_of_the_experts", {"export"}, "but the model's is"),
+        # The run itself refuses to call such a checkpoint whole.
+        ("half_of_the_experts", {"training steps"}, "but the model's is"),
         ("forgotten_moments", {"resume"}, "from those of the run that was not stopped"),
     ],
 )
