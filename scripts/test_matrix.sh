@@ -14,7 +14,8 @@ setup_row() {
     shift
     # Added behind its own packages; addsitedir, because ours is installed as a link there.
     echo "import site; site.addsitedir('$(.venv/bin/python -c "$site")')" >"$("$python" -c "$site")/base.pth"
-    "$python" -m pip install --quiet --disable-pip-version-check --upgrade "$@"
+    # The setuptools that a new environment brings may be too old for torch, and would hide that of .venv.
+    "$python" -m pip install --quiet --disable-pip-version-check --upgrade setuptools "$@"
     echo "$PWD/$python"
 }
 
