@@ -22,7 +22,7 @@ Wrong input ends every process with exit code 2 and one sentence.
 import sys
 
 from moe_hf.training.launch import main
-from moe_hf.training.pipeline import train_and_export
+from moe_hf.training.run import train_and_export
 
 if __name__ == "__main__":
     main(train_and_export, sys.argv[1:], description=__doc__)

@@ -147,7 +147,7 @@ def logged_steps(run: Ended) -> list[str]:
 
 def _serve(requests: Path, results: Path) -> None:
     import_module("moe_hf.training.launch")
-    import_module("moe_hf.training.pipeline")
+    import_module("moe_hf.training.run")
     import_module("deepspeed.comm.torch").build_shm_op()
     waiting = [_read_chain(record) for record in json.loads(requests.read_text())]
     active, ended = {}, {chain.name: [] for chain in waiting}

@@ -91,7 +91,7 @@ def run_all(runs: list[Run], folder: Path) -> dict[str, Ended]:
 def _serve(requests: Path, results: Path) -> None:
     # What the children would otherwise import and load again and again.
     import_module("moe_hf.training.launch")
-    import_module("moe_hf.training.pipeline")
+    import_module("moe_hf.training.run")
     import_module("deepspeed.comm.torch").build_shm_op()
     runs = [Run(**run | {"patches": [Patch(**p) for p in run["patches"]]}) for run in json.loads(requests.read_text())]
     waiting = {run.name: _supervise(run, results.parent / f"{i}") for i, run in enumerate(runs)}
@@ -164,7 +164,7 @@ def _be_rank(run: Run, rank: int, port: int, logs: Path) -> int:
         if patch.rank in (None, rank):
             _apply(patch)
     from moe_hf.training.launch import run as launch
-    from moe_hf.training.pipeline import train_and_export
+    from moe_hf.training.run import train_and_export
 
     launch(train_and_export, [f"--local_rank={rank % local_size}", *run.argv])
     return 0

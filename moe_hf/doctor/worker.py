@@ -24,7 +24,7 @@ from ..parallel.assembled import assembled_weights
 from ..parallel.failure import FailureRelay
 from ..parallel.processes import rank, world_size
 from ..training.launch import main
-from ..training.pipeline import build_trainer, execute
+from ..training.run import build_trainer, execute
 from .exchange import measure_exchange
 from .exported import GATHERED_NAME
 from .phases import PhaseLog

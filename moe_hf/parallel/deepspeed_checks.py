@@ -22,9 +22,8 @@ from moe_hf.parallel.deepspeed_config import (
 from moe_hf.parallel.deepspeed_schema import as_json, check_deepspeed_keys, check_deepspeed_values
 from moe_hf.parallel.muon import check_muon, uses_muon
 from moe_hf.parallel.offload import check_offload
-from moe_hf.parallel.parallel_sizes import ParallelSizes, parallel_sizes
+from moe_hf.parallel.parallel_sizes import ParallelSizes, check_only_one, parallel_sizes
 from moe_hf.parallel.placement import warn_of_groups_across_machines
-from moe_hf.parallel.sequence_parallel import check_combinations
 from moe_hf.parallel.tensor_parallel_checks import check_tensor_parallel_json
 
 PRESET_NAME = "moe_hf"
@@ -77,6 +76,7 @@ def check_deepspeed_config(
     check_deepspeed_values(config)
     check_offload(config)
     _check_precision(config, bf16=bf16, fp16=fp16)
+    check_only_one(config)
     check_tensor_parallel_json(config)
     num_data_ranks = parallel_sizes(config).data_parallel_size(world_size)
     # Data and expert parallelism lie within the ranks that hold the same layers.
@@ -87,7 +87,6 @@ def check_deepspeed_config(
     if uses_muon(config):
         check_muon(config, max_grad_norm=max_grad_norm or 0.0, fp16=fp16)
     _check_training_loop(config)
-    check_combinations(config)
     _check_expert_parallel_is_meant(config)
     if autoep_enabled(config):
         _check_model_has_experts(config, num_experts, num_moe_layers)
@@ -111,7 +110,7 @@ def _ranks_per_stage(config: Config, world_size: int) -> int:
 def _check_zero(config: Config) -> None:
     if "zero_optimization" not in config:  # Accelerate insists on the section
         raise ConfigError('zero_optimization is missing; add "zero_optimization": {"stage": 1} (0, 1, 2 or 3)')
-    zero_stage(config)
+    zero_stage(config)  # refuses what is none
 
 
 def _check_precision(config: Config, *, bf16: bool, fp16: bool) -> None:

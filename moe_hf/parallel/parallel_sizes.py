@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, fields
 
+from ..errors import ConfigError
 from .deepspeed_config import Config, get_section, is_int, lookup, mistake
 
 # Where each size stands in the JSON.
@@ -31,12 +32,16 @@ class ParallelSizes:
         """
         product = self.tensor * self.sequence * self.pipeline
         if world_size % product:
-            named = [f"{f.name}_parallel_size={size}" for f in fields(self) if (size := getattr(self, f.name)) > 1]
+            named = self.named()
             together = f"{' x '.join(named)} = {product}" if len(named) > 1 else named[0]
             raise mistake(
                 "world_size", world_size, f"is no multiple of {together}; start a multiple of {product} ranks"
             )
         return world_size // product
+
+    def named(self) -> list[str]:
+        """Return the kinds that are on, such as `tensor_parallel_size=2`."""
+        return [f"{f.name}_parallel_size={size}" for f in fields(self) if (size := getattr(self, f.name)) > 1]
 
 
 def parallel_sizes(config: Config | None) -> ParallelSizes:
@@ -49,6 +54,20 @@ def parallel_sizes(config: Config | None) -> ParallelSizes:
     for name, key in _KEYS.items():
         _check(key, getattr(sizes, name))
     return sizes
+
+
+def check_only_one(config: Config) -> None:
+    """Refuse two of these kinds in one run.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    named = parallel_sizes(config).named()
+    if len(named) > 1:
+        raise ConfigError(
+            f"{' and '.join(named)} do not combine, because DeepSpeed has no groups of ranks for both; "
+            "use one of them, beside expert_parallel_size and ZeRO"
+        )
 
 
 def with_parallel_sizes(config: Config, **sizes: int | None) -> Config:

@@ -82,25 +82,6 @@ def _check_tokens_are_routed_alone(size: int, model: MoEConfig) -> None:
         )
 
 
-def check_combinations(config: Config) -> None:
-    """Refuse other kinds of parallelism beside this one.
-
-    Raises:
-        ConfigError: naming the nearest that works.
-    """
-    sizes = parallel_sizes(config)
-    if sizes.sequence == 1:
-        return
-    for key, size in (("tensor_parallel.autotp_size", sizes.tensor), ("pipeline.stages", sizes.pipeline)):
-        if size > 1:
-            raise mistake(
-                key,
-                size,
-                f"does not combine with {KEY}={sizes.sequence}, because DeepSpeed has no groups of ranks for both; "
-                f"use {KEY}={sizes.sequence} with expert_parallel_size and ZeRO, or {KEY}=1",
-            )
-
-
 def check_block_size(block_size: int, size: int) -> None:
     """Refuse rows that cannot be cut into pieces of one length.
 

@@ -37,12 +37,6 @@ def check_tensor_parallel_json(config: Config) -> None:
     if sizes.tensor == 1:
         return
     with_tensor = f"with tensor_parallel_size={sizes.tensor}"
-    for other in ("pipeline", "sequence"):
-        if (size := getattr(sizes, other)) > 1:
-            raise ConfigError(
-                f"{other}_parallel_size={size} does not work {with_tensor}; use one of the two, beside expert "
-                "parallelism"
-            )
     if expert_parallel_size(config) == 1:
         raise ConfigError(
             f"expert_parallel_size=1 does not work {with_tensor}; use 0, which leaves all experts on every rank as "

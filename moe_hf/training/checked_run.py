@@ -110,7 +110,6 @@ def _checked_deepspeed_json(namespace: argparse.Namespace, config: MoEConfig) ->
     deepspeed_json = read_deepspeed_json(namespace.deepspeed)
     check_deepspeed_keys(deepspeed_json)
     deepspeed_json = with_flags(deepspeed_json, namespace)
-    check_pipeline(deepspeed_json, config, namespace)
     check_deepspeed_config(
         deepspeed_json,
         world_size=world_size(),
@@ -124,6 +123,7 @@ def _checked_deepspeed_json(namespace: argparse.Namespace, config: MoEConfig) ->
         fp16=namespace.fp16,
         learning_rate=namespace.learning_rate,
     )
+    check_pipeline(deepspeed_json, config, namespace)
     check_tensor_parallel_model(deepspeed_json, config)
     compiles = namespace.torch_compile or namespace.torch_compile_backend or namespace.torch_compile_mode
     check_tensor_parallel_run(deepspeed_json, compiles=bool(compiles), fp8=namespace.fp8, trains=namespace.do_train)

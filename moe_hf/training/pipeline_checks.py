@@ -31,22 +31,12 @@ def check_pipeline(deepspeed_json: Config, config: MoEConfig, namespace: argpars
             f"{named} is more than num_hidden_layers={config.num_hidden_layers}, and a stage without a layer has "
             f"nothing to do; use at most {config.num_hidden_layers}."
         )
-    _check_other_sizes(named, sizes)
     _check_zero(named, deepspeed_json)
     _check_optimizer(named, deepspeed_json)
     _check_section(deepspeed_json)
     _check_flags(named, namespace)
     if autoep_enabled(deepspeed_json) and config.num_sparse_layers:
         _check_experts_on_every_stage(named, deepspeed_json, config, sizes.pipeline)
-
-
-def _check_other_sizes(named: str, sizes) -> None:
-    for kind in ("tensor", "sequence"):
-        if (size := getattr(sizes, kind)) > 1:
-            raise ConfigError(
-                f"{named} does not go with {kind}_parallel_size={size}: DeepSpeed's pipelines know data and expert "
-                f"parallelism only; use {kind}_parallel_size=1."
-            )
 
 
 def _check_zero(named: str, deepspeed_json: Config) -> None:

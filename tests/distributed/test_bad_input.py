@@ -262,7 +262,7 @@ DEEPSPEED = [
     ),
     with_json(
         "sp_with_tp",
-        "sequence_parallel_size=2 does not work with tensor_parallel_size=2; use one of the two",
+        "tensor_parallel_size=2 and sequence_parallel_size=2 do not combine, because DeepSpeed has no groups of ranks",
         sequence_parallel_size=2,
         tensor_parallel={"autotp_size": 2},
         ranks=4,
@@ -430,19 +430,19 @@ ONE_RANK = [
         "rank_1_fails_in_a_collective",
         {},
         "only rank 1 has seen this",
-        patches=(Patch("moe_hf.training.pipeline.build_datasets", raises="only rank 1 has seen this", rank=1),),
+        patches=(Patch("moe_hf.training.run.build_datasets", raises="only rank 1 has seen this", rank=1),),
     ),
     Case(
         "rank_0_fails_in_a_collective",
         {},
         "only rank 0 has seen this",
-        patches=(Patch("moe_hf.training.pipeline.build_datasets", raises="only rank 0 has seen this", rank=0),),
+        patches=(Patch("moe_hf.training.run.build_datasets", raises="only rank 0 has seen this", rank=0),),
     ),
 ]
 
 CASES = [*COMMAND_LINE, *MODELS, *DEEPSPEED, *DATA, *CHECKPOINTS, *ONE_RANK]
 # What the others are measured by: with their flags but without their mistakes everything is well up to the training.
-BEGINS = (Patch("moe_hf.training.pipeline.execute", raises="training begins"),)
+BEGINS = (Patch("moe_hf.training.run.execute", raises="training begins"),)
 SOUND = [
     Case("sound", {}, "training begins", patches=BEGINS),
     Case("sound_folder", FROM_FOLDER, "training begins", patches=BEGINS),

@@ -25,7 +25,7 @@ from moe_hf.checkpoint.model_card import active_parameters
 from moe_hf.checkpoint.offline import open_exportable
 from moe_hf.errors import CheckpointError
 from moe_hf.parallel.failure import FailureRelay
-from moe_hf.training.pipeline import train_and_export
+from moe_hf.training.run import train_and_export
 
 WORKER = ROOT / "tests" / "distributed" / "pipeline_worker.py"
 TOLERANCE = {"fp32": 2e-6, "bf16": 5e-3}

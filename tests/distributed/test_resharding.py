@@ -22,7 +22,7 @@ from moe_hf.checkpoint.convert import write_model
 from moe_hf.checkpoint.offline import open_exportable
 from moe_hf.checkpoint.sharded import ShardedCheckpoint
 from moe_hf.parallel.failure import FailureRelay
-from moe_hf.training.pipeline import build_trainer, execute
+from moe_hf.training.run import build_trainer, execute
 
 RESHARDING_WORKER = WORKER.with_name("resharding_worker.py")
 SAVED_STEP = 3

@@ -18,7 +18,7 @@ from small import NUM_STEPS, deepspeed_json, flags, make_rows, recipe, save_smal
 
 from moe_hf import MoEForCausalLM
 from moe_hf.parallel.failure import FailureRelay
-from moe_hf.training.pipeline import build_trainer, execute
+from moe_hf.training.run import build_trainer, execute
 
 WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
 SHIPPED = ROOT / "ds_configs" / "zero2_tp_ep.json"

@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from moe_hf.errors import UserError
 from moe_hf.parallel.failure import FailureRelay
 from moe_hf.parallel.processes import leave
-from moe_hf.training.pipeline import build_trainer, execute
+from moe_hf.training.run import build_trainer, execute
 
 PROBE = torch.arange(3, 3 + 24).reshape(2, 12)
 

@@ -112,7 +112,7 @@ FAULTS = {
     "deepspeed.runtime.zero.stage3": averaged_norm,
     "moe_hf.parallel.gather": (half_of_the_experts, experts_twice),
     "deepspeed.runtime.engine": forgotten_moments,
-    "moe_hf.training.pipeline": (a_rank_hangs, a_rank_dies),
+    "moe_hf.training.run": (a_rank_hangs, a_rank_dies),
 }
 
 

@@ -13,7 +13,7 @@ from moe_hf.data import packing, shard_writer, tokenizing
 from moe_hf.data.tokenized_folder import read_record, tokenizer_fingerprint
 from moe_hf.errors import DataError
 from moe_hf.parallel.failure import FailureRelay
-from moe_hf.training.pipeline import train_and_export
+from moe_hf.training.run import train_and_export
 
 
 @pytest.fixture

@@ -334,7 +334,7 @@ def test_contradictions_are_refused(changes, run, sentence):
         (
             {"sequence_parallel_size": 2, "pipeline": {"stages": 2}},
             {},
-            "pipeline.stages=2 does not combine with sequence_parallel_size=2",
+            "sequence_parallel_size=2 and pipeline_parallel_size=2 do not combine, because DeepSpeed has no groups",
         ),
         ({"pipeline": {"stages": 3}}, {}, "is no multiple of pipeline_parallel_size=3; start a multiple of 3 ranks"),
         (

@@ -3,7 +3,7 @@
 import pytest
 
 from moe_hf.errors import ConfigError
-from moe_hf.parallel.parallel_sizes import ParallelSizes, parallel_sizes, with_parallel_sizes
+from moe_hf.parallel.parallel_sizes import ParallelSizes, check_only_one, parallel_sizes, with_parallel_sizes
 
 JSON = {
     "tensor_parallel": {"autotp_size": 2},
@@ -56,3 +56,12 @@ def test_what_is_left_reads_different_rows():
         ParallelSizes(tensor=2, pipeline=2).data_parallel_size(6)
     with pytest.raises(ConfigError, match="world_size=6 is no multiple of sequence_parallel_size=4; start a multiple"):
         ParallelSizes(sequence=4).data_parallel_size(6)
+
+
+@pytest.mark.parametrize("kinds", [("tensor", "sequence"), ("tensor", "pipeline"), ("sequence", "pipeline")])
+def test_two_kinds_are_not_in_one_run(kinds):
+    first, second = kinds
+    with pytest.raises(ConfigError, match=f"^{first}_parallel_size=2 and {second}_parallel_size=4 do not combine"):
+        check_only_one(with_parallel_sizes({}, **{first: 2, second: 4}))
+    for kind in kinds:
+        check_only_one(with_parallel_sizes({}, **{kind: 2}))

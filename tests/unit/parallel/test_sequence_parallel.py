@@ -7,7 +7,6 @@ from moe_hf.errors import ConfigError
 from moe_hf.parallel.sequence_parallel import (
     as_data_parallel,
     check_block_size,
-    check_combinations,
     check_sequence_parallel,
 )
 
@@ -74,19 +73,6 @@ def test_what_does_not_look_at_a_whole_sequence():
         {"num_experts": 0, "decoder_sparse_step": 1, "shared_expert_intermediate_size": 0, "shared_expert_gate": False},
     ):
         check_sequence_parallel(shared(2), small_config(**changes), "sdpa")
-
-
-@pytest.mark.parametrize(
-    ("sections", "message"),
-    [
-        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size=2 does not combine with sequence_para"),
-        ({"pipeline": {"stages": 4}}, "pipeline.stages=4 does not combine with sequence_parallel_size=2, because"),
-    ],
-)
-def test_other_kinds_of_parallelism(sections, message):
-    with pytest.raises(ConfigError, match=message):
-        check_combinations(shared(2, **sections))
-    check_combinations(shared(1, **sections))
 
 
 def test_block_size():

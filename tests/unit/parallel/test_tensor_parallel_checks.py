@@ -40,14 +40,6 @@ def test_without_it_everything_else_is_free():
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        (
-            with_parallel_sizes(tensor_json(), pipeline=2),
-            "pipeline_parallel_size=2 does not work with tensor_parallel_size=2; use one of the two",
-        ),
-        (
-            with_parallel_sizes(tensor_json(), sequence=4),
-            "sequence_parallel_size=4 does not work with tensor_parallel_size=2; use one of the two",
-        ),
         (tensor_json(ep=1), "expert_parallel_size=1 does not work with tensor_parallel_size=2; use 0"),
         (tensor_json(0, None), "zero_optimization.stage=0 does not work with tensor_parallel_size=2"),
         (

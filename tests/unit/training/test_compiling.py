@@ -14,7 +14,7 @@ from moe_hf import MoEForCausalLM
 from moe_hf.errors import ConfigError
 from moe_hf.parallel.failure import FailureRelay
 from moe_hf.training.compiling import check_compilation, compile_dense_parts
-from moe_hf.training.pipeline import build_trainer, execute
+from moe_hf.training.run import build_trainer, execute
 
 # Norms, dense MLPs, shared experts (the same code on tokens without a batch) and the projections of attention.
 NUM_REGIONS = 4

@@ -12,7 +12,7 @@ from moe_hf.errors import ConfigError
 from moe_hf.parallel.failure import FailureRelay
 from moe_hf.training import flash_attention
 from moe_hf.training.flash_attention import choose_attention, document_bounds
-from moe_hf.training.pipeline import build_trainer
+from moe_hf.training.run import build_trainer
 
 AMPERE, TURING, HOPPER, BLACKWELL = (8, 0), (7, 5), (9, 0), (10, 0)
 

@@ -18,7 +18,7 @@ from moe_hf.parallel.failure import FailureRelay
 from moe_hf.parallel.float8 import check_float8_supported, convert_to_float8
 from moe_hf.training import precision_arguments
 from moe_hf.training.arguments import MoETrainingArguments
-from moe_hf.training.pipeline import build_trainer, execute
+from moe_hf.training.run import build_trainer, execute
 
 STEPS = 50
 SIZES = (

@@ -22,7 +22,7 @@ from moe_hf.errors import ConfigError
 from moe_hf.parallel.failure import FailureRelay
 from moe_hf.training.card_data import describe_data
 from moe_hf.training.hub_push import HubPusher, check_hub_arguments
-from moe_hf.training.pipeline import train_and_export
+from moe_hf.training.run import train_and_export
 
 REPO = "org/model"
 EVERY_THIRD = {"save_strategy": "steps", "save_steps": 3}

@@ -12,7 +12,7 @@ from moe_hf.checkpoint import source
 from moe_hf.checkpoint.convert import convert
 from moe_hf.errors import ConfigError
 from moe_hf.parallel.failure import FailureRelay
-from moe_hf.training.pipeline import train_and_export
+from moe_hf.training.run import train_and_export
 
 pytestmark = pytest.mark.usefixtures("no_state_of_earlier_runs")
 

@@ -19,7 +19,7 @@ from moe_hf.parallel.deepspeed_config import read_deepspeed_json
 from moe_hf.parallel.failure import FailureRelay
 from moe_hf.parallel.muon import check_muon, is_hidden_matrix, leave_others_to_adam, uses_muon
 from moe_hf.training.optimizer_choice import optimizer_family
-from moe_hf.training.pipeline import build_trainer, execute
+from moe_hf.training.run import build_trainer, execute
 
 STEPS = 6
 MUON = {"optimizer": {"type": "Muon", "params": {"lr": "auto"}}}

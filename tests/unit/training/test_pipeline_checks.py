@@ -42,11 +42,6 @@ def test_one_stage_is_no_pipeline():
         (pipeline_json(zero=3), "does not go with zero_optimization.stage=3: .* use stage 1."),
         (pipeline_json(zero=0), "at zero_optimization.stage=0 would clip each stage by its own gradient norm; use"),
         (
-            pipeline_json(tensor_parallel={"autotp_size": 2}),
-            "does not go with tensor_parallel_size=2: .* use tensor_parallel_size=1.",
-        ),
-        (pipeline_json(sequence_parallel_size=2), "does not go with sequence_parallel_size=2: "),
-        (
             pipeline_json(zero_optimization={"stage": 1, "offload_optimizer": {"device": "cpu"}}),
             'zero_optimization.offload_optimizer.device="cpu", which is untested there; delete offload_optimizer',
         ),

@@ -21,7 +21,6 @@ from moe_hf.checkpoint.manifest import read_manifest
 from moe_hf.checkpoint.topology import Topology, needs_conversion, what_must_stay
 from moe_hf.errors import CheckpointError, ConfigError
 from moe_hf.parallel.failure import FailureRelay
-from moe_hf.training.pipeline import build_trainer, execute
 from moe_hf.training.router_optimizer import (
     freeze_routers,
     keep_router_settings,
@@ -29,6 +28,7 @@ from moe_hf.training.router_optimizer import (
     router_grouping,
     split_router_group,
 )
+from moe_hf.training.run import build_trainer, execute
 
 RATE, DECAY, EPSILON = 1e-3, 0.1, 1e-5
 ROUTERS = ["model.layers.1.mlp.gate.weight", "model.layers.3.mlp.gate.weight"]

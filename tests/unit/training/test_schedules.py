@@ -10,7 +10,7 @@ from small import flags, make_rows, recipe, save_small_model
 
 from moe_hf.errors import ConfigError
 from moe_hf.parallel.failure import FailureRelay
-from moe_hf.training.pipeline import build_trainer, execute
+from moe_hf.training.run import build_trainer, execute
 
 RATE, STEPS, WARMUP = 2e-3, 14, 4
 

@@ -14,7 +14,7 @@ from moe_hf.data.build import build_datasets
 from moe_hf.errors import ConfigError, DataError
 from moe_hf.parallel.failure import FailureRelay
 from moe_hf.training.arguments import ModelArguments
-from moe_hf.training.pipeline import train_and_export
+from moe_hf.training.run import train_and_export
 from moe_hf.training.vocabulary import never_generate_padding, pad_vocabulary
 
 NUM_TOKENS = 50_257

@@ -10,7 +10,7 @@ from small import flags, make_rows, recipe, save_small_model
 
 from moe_hf import MoEForCausalLM
 from moe_hf.parallel.failure import FailureRelay
-from moe_hf.training.pipeline import train_and_export
+from moe_hf.training.run import train_and_export
 from moe_hf.training.trainer import TrainingStopped
 
 

@@ -19,7 +19,7 @@ from moe_hf import MoEForCausalLM
 from moe_hf.data.collator import CausalLMCollator
 from moe_hf.modeling_moe import MoEAttention
 from moe_hf.parameter_families import family_of
-from moe_hf.training.pipeline import train_and_export
+from moe_hf.training.run import train_and_export
 
 NUM_STEPS = 6
 NEVER_CHOSEN = 2

@@ -24,9 +24,9 @@ from moe_hf import MoEForCausalLM, cli
 from moe_hf.checkpoint.manifest import Progress, is_whole, read_manifest
 from moe_hf.errors import CheckpointError, ConfigError
 from moe_hf.parallel.failure import FailureRelay
-from moe_hf.training import pipeline, saving
-from moe_hf.training.pipeline import build_trainer, execute, train_and_export
+from moe_hf.training import run, saving
 from moe_hf.training.preemption import Preempted
+from moe_hf.training.run import build_trainer, execute, train_and_export
 from moe_hf.training.telemetry import throughput
 from moe_hf.training.trainer import MoETrainer, TrainingStopped
 
@@ -587,7 +587,7 @@ def test_what_killed_runs_have_left_is_cleared_by_one_process_of_a_machine(tmp_p
     try:
         for path in (lock, buffer):
             path.touch()
-        pipeline._remove_what_killed_runs_have_left()
+        run._remove_what_killed_runs_have_left()
         assert (lock.exists(), buffer.exists()) == ((False, False) if local_rank == "0" else (True, True))
     finally:
         buffer.unlink(missing_ok=True)
