@@ -109,7 +109,7 @@ def flags(recipe: oracle.Recipe, ranks: int, **others) -> list[str]:
         "validation_split_percentage": 0,
         "block_size": 32,
         "max_steps": recipe.num_steps,
-        "per_device_train_batch_size": GLOBAL_MICRO_BATCH // ranks,
+        "per_device_train_batch_size": recipe.rows_per_micro_batch // ranks,
         "gradient_accumulation_steps": recipe.micro_batches_per_step,
         "learning_rate": recipe.learning_rate,
         "weight_decay": recipe.weight_decay,

@@ -1,6 +1,6 @@
 """Pipelines give what one process gives: losses, gradient norms, weights, routing, evaluation, resuming, export.
 
-One launch of 2 ranks for the default suite, one of 4 and one of 8 ranks for `--slow`.
+One launch of 2 ranks for the default suite, one each of 4, 8 and 16 ranks for `--slow`.
 """
 
 import json
@@ -17,7 +17,16 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from launching import ROOT, run_cases
 from safetensors.torch import load_file
-from small import NUM_STEPS, deepspeed_json, flags, make_rows, recipe, save_small_model, small_config
+from small import (
+    GLOBAL_MICRO_BATCH,
+    NUM_STEPS,
+    deepspeed_json,
+    flags,
+    make_rows,
+    recipe,
+    save_small_model,
+    small_config,
+)
 
 from moe_hf import MoEConfig, MoEForCausalLM
 from moe_hf.checkpoint.manifest import is_whole, read_manifest
@@ -84,12 +93,18 @@ class Cell:
         return self.ranks // self.stages
 
     @property
+    def rows_per_micro_batch(self) -> int:
+        """Rows that all pipelines see together."""
+        return max(GLOBAL_MICRO_BATCH, self.num_pipelines)
+
+    @property
     def config(self) -> MoEConfig:
         return small_config(**KINDS[self.kind])
 
     @property
     def recipe(self) -> oracle.Recipe:
         given = recipe([], self.micro_batches, LEARNING_RATE[self.dtype])
+        given = replace(given, rows_per_micro_batch=self.rows_per_micro_batch)
         config = self.config
         if not config.has_balancing_loss:
             given = replace(given, aux_coef=0.0)
@@ -120,9 +135,9 @@ FOUR = [
     Cell(4, 2, "deepseek", ep=2, resumes=True),
     Cell(4, 2, dtype="bf16", ep=2),
 ]
-# Two replicas of experts on each of two stages.
-EIGHT = [Cell(8, 2, ep=2)]
-ALL = TWO + FOUR + EIGHT
+# Two replicas of experts on each of two stages, of two ranks each and of four.
+MORE = [Cell(8, 2, ep=2), Cell(16, 2, micro_batches=1, ep=4)]
+ALL = TWO + FOUR + MORE
 RESUMED = [cell for cell in ALL if cell.resumes]
 
 
@@ -170,14 +185,15 @@ def oracles(models, rows):
     """Function from a cell to the trajectory of one process."""
 
     @cache
-    def train(kind: str, dtype: str, micro_batches: int, pieces: int) -> oracle.Trajectory:
+    def train(kind: str, dtype: str, micro_batches: int, rows_at_once: int, pieces: int) -> oracle.Trajectory:
         model = MoEForCausalLM.from_pretrained(models[kind]).train()
-        given = replace(Cell(1, 1, kind, dtype, micro_batches).recipe, rows=rows)
+        given = Cell(1, 1, kind, dtype, micro_batches).recipe
+        given = replace(given, rows=rows, rows_per_micro_batch=rows_at_once)
         return oracle.train(model, given, TORCH_DTYPE[dtype], pieces)
 
     def of(cell: Cell) -> oracle.Trajectory:
         pieces = 1 if cell.dtype == "fp32" and cell.kind not in BY_RANK else cell.num_pipelines
-        return train(cell.kind, cell.dtype, cell.micro_batches, pieces)
+        return train(cell.kind, cell.dtype, cell.micro_batches, cell.rows_per_micro_batch, pieces)
 
     return of
 
