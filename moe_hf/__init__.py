@@ -10,6 +10,7 @@ silence()
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM  # noqa: E402
 
 from .configuration_moe import MoEConfig  # noqa: E402
+from .kernels import experts as _  # noqa: E402, F401  registers experts_implementation="moe_hf"
 from .modeling_moe import MoEForCausalLM, MoEModel  # noqa: E402
 
 __version__ = "0.1.0"

@@ -7,6 +7,7 @@ head and expert by expert, in float64.
 import math
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_hf import MoEConfig, MoEForCausalLM
 
@@ -209,3 +210,16 @@ def _feed_forward(x: torch.Tensor, part: dict, config: MoEConfig) -> torch.Tenso
             shared = shared / (1 + math.exp(-float(part["mlp.shared_experts_gate.weight"][0] @ x)))
         output = output + shared
     return output
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts the operators that are called, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))

@@ -25,6 +25,8 @@ from deepspeed.module_inject.auto_ep_presets import registry  # noqa: E402
 from deepspeed.module_inject.auto_ep_presets.base import AutoEPPresetAdapter, MoEModelPreset  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
+from .expert_parallel_layer import ExpertParallelLayer  # noqa: E402
+
 _PRESET_NAME = MoEConfig.model_type
 
 # Elements of one rank's share of an expert group; DeepSpeed's own bound, which keeps flat buffers addressable.
@@ -66,6 +68,7 @@ class _RouterAdapter(AutoEPPresetAdapter):
         deepspeed_logger.removeFilter(_is_about_something_else)
         for _, layer in autoep_layers(model):
             _install_router(layer, model.config)
+            ExpertParallelLayer.take_over(layer)
         # Hooks of an earlier forward sit on the replaced routers; Transformers puts them back at the next one.
         remove_output_capture_hooks(model)
         for module in model.modules():

@@ -10,7 +10,12 @@ SUPPORTED = {"deepspeed": SpecifierSet(">=0.19.8,<0.20"), "transformers": Specif
 # module -> names that must exist there; all private to their libraries
 _INTEGRATION_POINTS = {
     "deepspeed": {
-        "deepspeed.module_inject.auto_ep_layer": ("AutoEPMoELayer",),
+        "deepspeed.module_inject.auto_ep_layer": (
+            "AutoEPMoELayer._finalize_output",
+            "AutoEPMoELayer._forward",
+            "_AllToAllV",
+            "compute_split_plan",
+        ),
         "deepspeed.module_inject.auto_ep_presets.base": ("AutoEPPresetAdapter", "MoEModelPreset"),
         "deepspeed.module_inject.auto_ep_presets.registry": ("PRESET_MODELS", "_PRESET_ADAPTERS"),
         "deepspeed.checkpoint.constants": ("DS_AUTOTP_UC_META",),
@@ -36,7 +41,11 @@ _INTEGRATION_POINTS = {
         "transformers.utils.output_capturing": ("OutputRecorder", "capture_outputs"),
         "transformers.integrations.deepspeed": ("HfTrainerDeepSpeedConfig", "is_deepspeed_zero3_enabled"),
         "transformers.integrations": ("use_experts_implementation",),
-        "transformers.modeling_utils": ("PreTrainedModel._initialize_weights",),
+        "transformers.integrations.moe": ("ALL_EXPERTS_FUNCTIONS", "_default_apply_gate"),
+        "transformers.modeling_utils": (
+            "PreTrainedModel._initialize_weights",
+            "PreTrainedModel.get_correct_experts_implementation",
+        ),
         "transformers.trainer": (
             "Trainer._load_best_model",
             "Trainer._load_from_checkpoint",

@@ -67,8 +67,8 @@ def saved_by_layer(config: MoEConfig, setting: Setting, sparse: bool) -> float:
     if shared := config.shared_expert_intermediate_size:
         per_token += result + 4 * b * shared / setting.tp_size
         per_token += b * (hidden + 2) if config.shared_expert_gate else 0
-    elif not setting.reduced_precision:
-        per_token += result  # the router's input
+    elif not setting.reduced_precision or setting.ep_size <= 1:
+        per_token += result  # the input of the router, and of experts that are all here
     converted = 4 * hidden if setting.reduced_precision else 0
     # Input and scores of the router in FP32, its choices and their weights.
     per_token += converted + 4 * config.num_experts + 12 * config.num_experts_per_tok + 4
@@ -95,25 +95,37 @@ def _attention(config: MoEConfig, setting: Setting) -> float:
 
 
 def _experts(config: MoEConfig, setting: Setting) -> float:
-    """Of all tokens: rows of each token's experts, gate, up, activation and their product, results, and indices."""
+    """Of all tokens: what the kernel keeps, products with gate and up; what its rows are, and indices."""
+    b, hidden, inner = setting.item_size, config.hidden_size, config.moe_intermediate_size
+    rows = setting.tokens * config.num_experts_per_tok
+    if setting.ep_size and setting.tp_size > 1:
+        return _experts_of_autoep(config, setting)
+    computed = rows * (8 + 2 * b * inner) + 4 * config.num_experts / max(setting.ep_size, 1)
+    if setting.ep_size <= 1:
+        return computed
+    # Rows as they have come, as they have come back, and where these belong.
+    return computed + rows * (8 + 2 * b * hidden)
+
+
+def _experts_of_autoep(config: MoEConfig, setting: Setting) -> float:
+    """As above in AutoEP's own layer, with its activations and their product, and padded for each local expert."""
     b, hidden, inner = setting.item_size, config.hidden_size, config.moe_intermediate_size
     rows = setting.tokens * config.num_experts_per_tok / setting.tp_size
-    if not setting.ep_size:
-        return rows * (28 + 2 * b * hidden + 4 * b * inner)
-    # Rows are padded for each local expert.
     padded = rows + _EXPERT_ROWS * config.num_experts / setting.ep_size
     return rows * (20 + b * hidden) + padded * (4 + b * hidden + 4 * b * inner)
 
 
 def _working(config: MoEConfig, setting: Setting, sparse: bool) -> float:
-    """Estimate the gradients of activations that exist at one time while a layer runs backward."""
+    """Estimate the gradients of activations that exist at one time while a layer runs backward.
+
+    Those of experts are of all rows, as on a GPU; on a CPU only one expert's are there at one time.
+    """
     b, hidden = setting.item_size, config.hidden_size
-    dense = setting.tokens * b * (2 * hidden + 3 * config.intermediate_size / setting.tp_size)
     if not sparse:
-        return dense
+        # What was saved of the MLP is let go of while its gradients come.
+        return setting.tokens * b * (2 * hidden + config.intermediate_size / setting.tp_size)
     rows = setting.tokens * config.num_experts_per_tok / setting.tp_size
-    combining = 14 * hidden  # in FP32, where the rows of a token are weighed and summed
-    return rows * max(combining, b * (2 * hidden + 2 * config.moe_intermediate_size))
+    return rows * b * (hidden + 3 * config.moe_intermediate_size)
 
 
 def _saved_by_head(config: MoEConfig, setting: Setting) -> float:

@@ -65,7 +65,7 @@ def count_dispatched(trainer) -> list[int]:
     """Return how many rows the experts of each expert-parallel layer get, over all ranks, in training on the probe."""
     rows = []
     hooks = [
-        module.register_forward_pre_hook(lambda _, args: rows.append(int(args[1].sum())))
+        module.register_forward_pre_hook(lambda _, args: rows.append(int(args[-1][-1])))
         for name, module in trainer.model.named_modules()
         if name.endswith(".experts") and hasattr(module, "w1")
     ]

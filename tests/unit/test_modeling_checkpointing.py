@@ -50,7 +50,7 @@ def run(checkpointing: str, experts: str = "eager", loss_name: str = "loss") -> 
     }
 
 
-@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm", "moe_hf"])
 @pytest.mark.parametrize("checkpointing", ["non-reentrant", "default"])
 def test_checkpointing_changes_no_loss_and_no_gradient(checkpointing, experts):
     plain, checkpointed = run("off", experts), run(checkpointing, experts)

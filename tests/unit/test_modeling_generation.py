@@ -257,7 +257,7 @@ def test_attentions_and_hidden_states_are_returned_on_request():
     assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
 
 
-@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm", "moe_hf"])
 def test_bfloat16_stays_near_float32(experts):
     model, input_ids = tiny_model(num_experts_per_tok=4), random_ids(2, 9)
     expected = model(input_ids).logits

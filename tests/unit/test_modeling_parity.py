@@ -24,7 +24,7 @@ from transformers import (
 from moe_hf import MoEForCausalLM
 
 # Registered in Transformers and running on a CPU; its others ("deepgemm", "sonicmoe") need CUDA.
-EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm", "moe_hf")
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
 
 SHARED = {key: value for key, value in TINY.items() if key not in ("num_experts", "moe_intermediate_size")}

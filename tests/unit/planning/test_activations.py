@@ -1,13 +1,12 @@
 """Saved activations against what autograd really saves, tensor by tensor, in our layers and in AutoEP's."""
 
-import weakref
+from itertools import accumulate
 
 import pytest
 import torch
 from deepspeed.module_inject.auto_ep import AutoEP
 from deepspeed.module_inject.auto_ep_config import parse_autoep_config
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.profiler import ProfilerActivity, profile
 
 from moe_hf import MoEConfig, MoEForCausalLM, language_head
 from moe_hf.parallel import autoep
@@ -52,7 +51,7 @@ def setting(item_size: int = 2, ep_size: int = 0, **others) -> Setting:
 
 def make_model(changes: dict, item_size: int, in_autoep: bool) -> MoEForCausalLM:
     config = MoEConfig(**SHAPE | changes)
-    model = MoEForCausalLM._from_config(config, attn_implementation="sdpa", experts_implementation="grouped_mm")
+    model = MoEForCausalLM._from_config(config, attn_implementation="sdpa")
     if in_autoep:
         autoep.register_preset()
         parser = AutoEP(model, parse_autoep_config({"enabled": True, "autoep_size": 1}))
@@ -93,28 +92,12 @@ def test_layer_saves_what_is_predicted(kind, in_autoep, item_size):
     assert predicted == pytest.approx(bytes_saved(model, run), rel=0.02)
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made and not yet let go of."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_flatten(result)[0]:
-            if torch.is_tensor(tensor) and (place := tensor.untyped_storage()._cdata) not in self._known:
-                size = tensor.untyped_storage().nbytes()
-                self._known.add(place)
-                self.now += size
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(tensor.untyped_storage(), self._forget, place, size)
-        return result
-
-    def _forget(self, place: int, size: int) -> None:
-        self._known.discard(place)
-        self.now -= size
+def peak_bytes(run) -> int:
+    """Return the most bytes that are allocated at one time, inside of operators too."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = (event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]")
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 @pytest.mark.parametrize("width", [208, 640])
@@ -125,13 +108,18 @@ def test_backward_pass_of_a_layer_needs_what_is_estimated(kind, in_autoep, width
     model = make_model(LAYERS[kind] | sizes, 2, in_autoep)
     hidden = torch.randn(1, 4 * TOKENS, SHAPE["hidden_size"], dtype=torch.bfloat16, requires_grad=True)
     positions = model.model.rotary_emb(hidden, position_ids=torch.arange(4 * TOKENS)[None])
-    with LiveBytes() as live:
-        output = model.model.layers[0](hidden, attention_mask=None, position_embeddings=positions)
-        output.sum().backward()
+
+    def run() -> None:
+        model.model.layers[0](hidden, attention_mask=None, position_embeddings=positions).sum().backward()
+
+    peak = peak_bytes(run)
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     amounts = activation_amounts(model.config, setting(ep_size=int(in_autoep), micro_batch=4))
     (estimate,) = [a.bytes for a in amounts if a.name == "one layer, backward"]
-    assert estimate == pytest.approx(live.peak - gradients, rel=0.15)
+    if kind == "dense":
+        assert estimate == pytest.approx(peak - gradients, rel=0.05)
+    else:  # on a CPU, one expert's rows at a time
+        assert 0.6 * estimate <= peak - gradients <= estimate
 
 
 def test_head_never_holds_all_logits():
