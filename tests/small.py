@@ -81,6 +81,8 @@ def deepspeed_json(zero: int, ep: int | None, **sections) -> dict:
     }
     if ep is not None:
         config["expert_parallel"] = {"enabled": True, "autoep_size": ep}
+        if zero in (1, 2):  # as in ds_configs; without expert parallelism as DeepSpeed does if nothing is said
+            config["zero_optimization"]["use_multi_rank_bucket_allreduce"] = False
     return config | sections
 
 

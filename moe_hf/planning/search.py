@@ -90,7 +90,7 @@ def _layouts(config: MoEConfig, world_size: int, precision: str) -> Iterator[Con
 
 
 def _template(stage: int) -> Config:
-    zero = {"stage": stage, "reduce_bucket_size": _BUCKET}
+    zero = {"stage": stage, "use_multi_rank_bucket_allreduce": False, "reduce_bucket_size": _BUCKET}
     if stage == 3:
         zero = {
             "stage": 3,

@@ -29,7 +29,7 @@ NORM_TOLERANCE = {"sigmoid": TOLERANCE | {"bf16": 2e-2}}
 # times. None tips at the first step, on equal weights.
 FAMILY_TOLERANCE = {"fp32": 1e-6, "bf16": 1.5e-2, "fp16": 5e-3}
 FAMILY_TOLERANCE_OF_SIGMOID = FAMILY_TOLERANCE | {"bf16": 3e-2}
-FAMILY_TOLERANCE_AT_FIRST = {"fp32": 1e-6, "bf16": 3e-3, "fp16": 3e-3}
+FAMILY_TOLERANCE_AT_FIRST = {"fp32": 1e-6, "bf16": 4e-3, "fp16": 4e-3}
 # Adam's first steps follow the sign of every gradient. In 16 bits many signs are rounding noise, so two runs part by
 # the size of their steps; small steps leave what is to be compared.
 LEARNING_RATE = {"fp32": 1e-3, "bf16": 3e-5, "fp16": 3e-5}
