@@ -31,6 +31,7 @@ _RUN_FLAGS = {
     "tensor_parallel_size": "overrides the JSON",
     "sequence_parallel_size": "overrides the JSON",
     "pipeline_parallel_size": "overrides the JSON",
+    "num_microbatches": "micro-batches that a pipeline works through in a step",
     "save_total_limit": "checkpoints that are kept",
     "output_dir": "where the run will write",
 }
