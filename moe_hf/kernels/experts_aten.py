@@ -142,9 +142,11 @@ def sum_rows(
 ) -> torch.Tensor:
     """Sum each token's rows, `(N, H)` to `(T, H)`, in float32 whatever they are; rows that are nobody's add nothing."""
     rows[int(order.ends[-1]) :].zero_()
-    places = order.places.view(num_tokens, -1)
+    if top_k_weights is None and len(rows) == num_tokens:
+        return rows[order.places]
+    places = order.places.view(num_tokens, len(rows) // num_tokens)
     if top_k_weights is None:
-        return rows[order.places] if len(rows) == num_tokens else F.embedding_bag(places, rows, mode="sum")
+        return F.embedding_bag(places, rows, mode="sum")
     if rows.dtype == _float32_or_more(rows):
         return F.embedding_bag(places, rows, mode="sum", per_sample_weights=top_k_weights.to(rows.dtype))
     # A bag would round the weights to 16 bits.
@@ -156,7 +158,7 @@ def sum_rows(
 
 def dot_rows(x: torch.Tensor, rows: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
     """Return the scalar product of each token with each of its rows, `(T, H)` and `(N, H)` to `(T, K)` float32."""
-    rows = rows[order.places].view(len(x), -1, x.shape[1])
+    rows = rows[order.places].view(len(x), len(rows) // max(len(x), 1), x.shape[1])
     return (rows * x.unsqueeze(1)).sum(dim=-1, dtype=_float32_or_more(x))
 
 

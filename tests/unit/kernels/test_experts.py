@@ -114,6 +114,25 @@ def test_only_what_needs_a_gradient_gets_one(wanted):
         torch.testing.assert_close(ours, other, rtol=0, atol=1e-13)
 
 
+def test_weights_are_not_rounded_to_16_bits():
+    torch.manual_seed(0)
+    order, top_k_weights = sort_by_expert(routing("unbalanced", 4), E), torch.rand(T, 4)
+    ones = torch.ones(T * 4, H, dtype=torch.bfloat16)
+    expected = top_k_weights.sum(dim=1, keepdim=True).bfloat16().expand(T, H)
+    assert torch.equal(sum_rows(ones, top_k_weights, order), expected)
+
+
+def test_no_tokens_have_come():
+    """As a rank may find whose experts nobody has chosen."""
+    x, _, gate_up, down = make_inputs(1)
+    x = x.detach()[:0].requires_grad_()
+    order = sort_by_expert(torch.empty(0, 1, dtype=torch.int64), E)
+    output = run_experts(x, None, order, [gate_up], down)
+    output.sum().backward()
+    assert output.shape == x.grad.shape == (0, H)
+    assert not gate_up.grad.any() and not down.grad.any()
+
+
 def test_same_numbers_without_gradients_and_under_autocast():
     torch.manual_seed(0)
     index, inputs = routing("unbalanced", 2), make_inputs(2, torch.float32)
@@ -208,6 +227,7 @@ def test_keeps_little_more_than_input_and_products(top_k, width):
     least = num_tokens * (2 * hidden + 4 * top_k * width)
     indices = num_tokens * top_k * (4 + 4 + 4) + 16 * 4  # rows, places, weights; ends
     assert size == least + indices
+    assert x.untyped_storage().data_ptr() in kept
 
 
 # --------------------------------------------------------------------------------------------------------------------
