@@ -34,8 +34,8 @@ def _parts(config: MoEConfig, setting: Setting) -> Iterator[tuple[str, float]]:
     if setting.checkpointing:
         inputs = setting.item_size * config.hidden_size * setting.tokens * config.num_hidden_layers
         yield "inputs of the layers", inputs
-        # The results of top-k and sorting, which are not computed again.
-        yield "choices of the routers", 28 * config.num_experts_per_tok * setting.tokens * config.num_sparse_layers
+        # The results of top-k, which are not computed again.
+        yield "choices of the routers", 12 * config.num_experts_per_tok * setting.tokens * config.num_sparse_layers
     else:
         yield "saved by the layers", sum(layers[kind] for kind in config.mlp_layer_types)
     # Logits, probabilities and choices of all layers, for the routers' losses.
