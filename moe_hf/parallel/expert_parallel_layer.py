@@ -36,9 +36,14 @@ class ExpertParallelLayer(AutoEPMoELayer):
 
     @classmethod
     def take_over(cls, layer: AutoEPMoELayer) -> None:
-        """Make a layer that AutoEP has converted one of these; its parameters stay the same objects."""
-        if layer.experts.activation == "swiglu":
-            layer.__class__, layer.experts.__class__ = cls, KernelExperts
+        """Make a layer that AutoEP has converted one of these; its parameters stay the same objects.
+
+        A layer stays as it is where the JSON asks for another way of AutoEP than its default.
+        """
+        experts = layer.experts
+        asks_for_others = not experts.use_grouped_mm or experts.gate_up_impl != "separate"
+        if experts.activation == "swiglu" and layer.combine_impl == "weighted_sum" and not asks_for_others:
+            layer.__class__, experts.__class__ = cls, KernelExperts
 
     def _forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self._is_left_to_autoep():

@@ -47,7 +47,11 @@ class ModelArguments:
         default=None, metadata={"help": "eager, sdpa, flash_attention_2 or flex_attention; default: the best there is."}
     )
     experts_implementation: str | None = field(
-        default=None, metadata={"help": "eager, grouped_mm, batched_mm, …, for experts that AutoEP does not run."}
+        default=None,
+        metadata={
+            "help": "moe_hf (our kernel, the default), grouped_mm, batched_mm, eager, …, for experts that AutoEP does "
+            "not run: those it does always run by our kernel."
+        },
     )
 
 

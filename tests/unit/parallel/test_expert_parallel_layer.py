@@ -66,9 +66,21 @@ def test_what_the_kernel_does_not_do_is_left_to_autoep(layer, setting):
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_other_activations_are_left_to_autoep(layer):
+@pytest.mark.parametrize(
+    ("owner", "setting", "value"),
+    [
+        ("experts", "activation", "geglu_tanh"),
+        ("experts", "use_grouped_mm", False),
+        ("experts", "gate_up_impl", "fused"),
+        ("layer", "combine_impl", "legacy_bmm"),
+    ],
+)
+def test_layers_of_which_something_else_is_asked_stay_as_they_are(layer, owner, setting, value):
     other = as_autoep_made_it(layer)
-    other.experts.activation = "geglu_tanh"
+    ExpertParallelLayer.take_over(other)
+    assert type(other) is ExpertParallelLayer
+    other = as_autoep_made_it(layer)
+    setattr(other if owner == "layer" else other.experts, setting, value)
     ExpertParallelLayer.take_over(other)
     assert type(other) is AutoEPMoELayer and type(other.experts) is GroupedExperts
 
