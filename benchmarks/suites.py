@@ -1,0 +1,44 @@
+"""The order of the suites."""
+
+import argparse
+from collections.abc import Iterable
+
+import torch
+
+from moe_hf.errors import ConfigError
+
+from .cases import layer_cases, names_of_cases
+from .layer_suite import run_layers
+from .peers.registry import choose, layer_peers
+from .results import Row
+from .watching import LoadWatch
+
+TIMED = {"layer", "step", "scaling"}
+"""Suites whose results depend on what else runs."""
+
+
+def run_suites(arguments: argparse.Namespace, device: str) -> tuple[list[Row], bool]:
+    """Run what the arguments name; return the rows, and whether their times can be used.
+
+    Raises:
+        UserError: a name that no suite knows, or a busy machine.
+    """
+    suites = set(arguments.suite)
+    _check_known("--config", arguments.config, names_of_cases(device, suites))
+    _check_known("--peers", arguments.peers, [peer.name for peer in layer_peers()])
+    if device == "cpu":
+        torch.set_num_threads(1)
+    watch = LoadWatch(arguments.allow_busy)
+    if TIMED & suites:
+        watch.look()
+    rows: list[Row] = []
+    if "layer" in suites:
+        peers = choose(layer_peers(), arguments.peers)
+        rows += run_layers(layer_cases(device, arguments.config), peers, device, arguments.rounds, watch)
+    return rows, not watch.disturbed
+
+
+def _check_known(flag: str, names: Iterable[str] | None, known: list[str]) -> None:
+    for name in names or ():
+        if name not in known:
+            raise ConfigError(f"{flag} {name} is not known in these suites; there are auto, {', '.join(known)}.")
