@@ -96,6 +96,14 @@ class StepCase:
         """Of one step."""
         return self.batch * self.sequence_length
 
+    @property
+    def parameters(self) -> int:
+        """Of the whole model, without its norms."""
+        head_size = self.hidden_size // self.heads
+        attention = 2 * self.hidden_size * head_size * (self.heads + self.key_heads)
+        experts = self.num_experts * self.hidden_size * (3 * self.width + 1)
+        return self.layers * (attention + experts) + 2 * self.vocab_size * self.hidden_size
+
 
 _LAYERS = {
     "cpu": (LayerCase("e8", 2048, 512, 8, 2, 1024), LayerCase("e64", 2048, 512, 64, 2, 256)),

@@ -59,6 +59,10 @@ def _measure(arguments: argparse.Namespace, argv: list[str]) -> None:
     table, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
     os.dup2(2, 1)
 
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+
     from .report import FLOPS_NOTE, markdown_table
     from .results import as_json
     from .suites import run_suites

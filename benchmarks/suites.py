@@ -7,10 +7,12 @@ import torch
 
 from moe_hf.errors import ConfigError
 
-from .cases import layer_cases, names_of_cases
+from .cases import FAMILIES, layer_cases, names_of_cases, step_cases
 from .layer_suite import run_layers
+from .peers.models import model_peers
 from .peers.registry import choose, layer_peers
 from .results import Row
+from .step_suite import run_steps
 from .watching import LoadWatch
 
 TIMED = {"layer", "step", "scaling"}
@@ -25,7 +27,7 @@ def run_suites(arguments: argparse.Namespace, device: str) -> tuple[list[Row], b
     """
     suites = set(arguments.suite)
     _check_known("--config", arguments.config, names_of_cases(device, suites))
-    _check_known("--peers", arguments.peers, [peer.name for peer in layer_peers()])
+    _check_known("--peers", arguments.peers, _peer_names(suites))
     if device == "cpu":
         torch.set_num_threads(1)
     watch = LoadWatch(arguments.allow_busy)
@@ -35,7 +37,19 @@ def run_suites(arguments: argparse.Namespace, device: str) -> tuple[list[Row], b
     if "layer" in suites:
         peers = choose(layer_peers(), arguments.peers)
         rows += run_layers(layer_cases(device, arguments.config), peers, device, arguments.rounds, watch)
+    if "step" in suites:
+        cases = step_cases(device, arguments.config)
+        rows += run_steps(
+            cases, lambda family: choose(model_peers(family), arguments.peers), device, arguments.rounds, watch
+        )
     return rows, not watch.disturbed
+
+
+def _peer_names(suites: set[str]) -> list[str]:
+    peers = layer_peers() if "layer" in suites else []
+    if "step" in suites:
+        peers += [peer for family in FAMILIES for peer in model_peers(family)]
+    return list(dict.fromkeys(peer.name for peer in peers))
 
 
 def _check_known(flag: str, names: Iterable[str] | None, known: list[str]) -> None:

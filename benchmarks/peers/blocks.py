@@ -12,7 +12,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 from moe_hf import MoEConfig
 from moe_hf.modeling_moe import MoESparseBlock
 
-from ..cases import DTYPES, LayerCase
+from ..cases import DTYPES, LayerCase, StepCase
 from .base import Layer, LayerPeer, copy_into
 
 OUR_KERNEL = "moe_hf"
@@ -83,11 +83,9 @@ class Block(LayerPeer):
         self.name = name or f"{family}/{implementation}"
 
     def unavailable(self, case: LayerCase, device: str) -> str | None:
-        if self.implementation != "eager" and self.implementation not in ALL_EXPERTS_FUNCTIONS:
-            return f"no experts implementation {self.implementation!r} is registered in Transformers"
-        if self.implementation == "batched_mm":
-            return _too_large_for_batched_mm(case, device)
-        return None
+        if (reason := unregistered(self.implementation)) is not None:
+            return reason
+        return too_large_for_batched_mm(case, device) if self.implementation == "batched_mm" else None
 
     def build(self, case: LayerCase, weights: dict[str, torch.Tensor]) -> Layer:
         with torch.device(weights["router"].device):
@@ -112,8 +110,17 @@ def layer_of(block: nn.Module, weights: dict[str, torch.Tensor]) -> Layer:
     )
 
 
-def _too_large_for_batched_mm(case: LayerCase, device: str) -> str | None:
-    needed = _COPIES * case.rows * 3 * case.width * case.hidden_size * DTYPES[case.dtype].itemsize
+def unregistered(implementation: str) -> str | None:
+    """Return why Transformers has no such implementation of experts, or `None`."""
+    if implementation == "eager" or implementation in ALL_EXPERTS_FUNCTIONS:
+        return None
+    return f"no experts implementation {implementation!r} is registered in Transformers"
+
+
+def too_large_for_batched_mm(case: LayerCase | StepCase, device: str, layers: int = 1) -> str | None:
+    """Return why memory does not hold the weights of every token's experts, or `None`."""
+    rows = case.tokens * case.top_k
+    needed = _COPIES * layers * rows * 3 * case.width * case.hidden_size * DTYPES[case.dtype].itemsize
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
     if needed > _USABLE * free:
         return f"it copies weights for every token, {needed / 1e9:.0f} GB of them; {free / 1e9:.0f} GB are free"
