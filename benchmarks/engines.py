@@ -6,7 +6,6 @@ from unittest import mock
 
 import deepspeed
 import torch
-from torch import nn
 
 from .cases import StepCase
 from .peers.autoep import join_alone
@@ -61,7 +60,7 @@ def start(peer: ModelPeer, case: StepCase, weights: dict[str, torch.Tensor], tok
         tokens: `(B, S)`, on the device.
     """
     join_alone()
-    model = load(peer, case, weights, tokens.device)
+    model = peer.load(case, weights, tokens.device)
     model.train()
     optimizer = peer.optimizer(model, learning_rate=LEARNING_RATE, adam_epsilon=ADAM_EPSILON)
     config = {
@@ -78,11 +77,3 @@ def start(peer: ModelPeer, case: StepCase, weights: dict[str, torch.Tensor], tok
     with mock.patch.dict(os.environ, LOCAL_RANK="0"):
         engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
     return Training(peer, engine, tokens)
-
-
-def load(peer: ModelPeer, case: StepCase, weights: dict[str, torch.Tensor], device: torch.device) -> nn.Module:
-    """Build a peer's model on a device with the given weights, in float32."""
-    with torch.device(device):
-        model = peer.build(case)
-    model.load_state_dict(weights)
-    return model

@@ -55,7 +55,7 @@ def _run_case(case: LayerCase, peers: list[LayerPeer], device: str, num_rounds: 
             layers[peer.name] = layer
             row.values |= count_layer(layer, case, inputs)
     if num_rounds and layers:
-        contestants = {name: _passes(layer, inputs) for name, layer in layers.items()}
+        contestants = {name: passes(layer, inputs) for name, layer in layers.items()}
         contestants[CEILING] = matmul_of(case.flops, inputs.hidden_states)
         rounds = interleave(contestants, num_rounds, watch)
         for row in (row for row in rows if row.peer in layers):
@@ -81,7 +81,7 @@ def admit(
     except Exception as error:  # whatever another library raises is a result of this measurement
         row.status, row.reason = FAILED, f"{type(error).__name__}: {str(error)[:200]}"
         return None
-    row.values["max_error"] = max(errors.values())
+    row.values["max_error"] = max(row.values.get("max_error", 0.0), *errors.values())
     return layer
 
 
@@ -122,7 +122,8 @@ def count_layer(layer: Layer, case: LayerCase, inputs: LayerInputs) -> dict[str,
     }
 
 
-def _passes(layer: Layer, inputs: LayerInputs) -> Callable[[], Sample]:
+def passes(layer: Layer, inputs: LayerInputs) -> Callable[[], Sample]:
+    """Return a contestant that runs a layer forward and backward."""
     device = inputs.hidden_states.device
     flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
 

@@ -49,7 +49,8 @@ class Row:
 def as_json(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
     """Yield one object for each metric of each row, beside the value of ours; one for a row without numbers.
 
-    `ratio` says how many times better ours is. That of times is the median over rounds, with its quartiles.
+    `ratio` says how many times better ours is. That of times is the median over rounds, with its quartiles; that of a
+    formula is what was measured over what it says.
     """
     rows = list(rows)
     ours = {row.case: row.values for row in rows if row.peer == OURS}
@@ -58,6 +59,10 @@ def as_json(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
         common |= {"peer_name": row.peer, "status": row.status, "reason": row.reason}
         if row.status != MEASURED:
             yield common | {"metric": None, "ours": None, "peer": None, "ratio": None}
+            continue
+        if "formula_bytes" in row.values:
+            found = {"metric": "bytes", "ours": row.values["bytes"], "peer": row.values["formula_bytes"]}
+            yield common | found | {"ratio": row.values["over_formula"]}
             continue
         for metric, value in row.values.items():
             own = ours.get(row.case, {}).get(metric)

@@ -81,7 +81,8 @@ def _measure(arguments: argparse.Namespace, argv: list[str]) -> None:
         arguments.output.write_text(json.dumps(written, indent=1) + "\n")
     if not usable:
         print("**Not usable: other processes ran at the same time.**\n", file=table)
-    print(f"{markdown_table(rows)}\n\n{FLOPS_NOTE}", file=table, flush=True)
+    note = f"\n{FLOPS_NOTE}\n" if any("tflops" in row.values for row in rows) else ""
+    print(f"{markdown_table(rows)}\n{note}", end="", file=table, flush=True)
 
 
 def _names(text: str) -> list[str] | None:

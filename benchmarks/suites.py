@@ -8,10 +8,12 @@ import torch
 from moe_hf.errors import ConfigError
 
 from .cases import FAMILIES, layer_cases, names_of_cases, step_cases
+from .engine_suite import engine_cases, run_engines
 from .layer_suite import run_layers
 from .peers.models import model_peers
 from .peers.registry import choose, layer_peers
 from .results import Row
+from .scaling_suite import AUTO, run_scaling
 from .step_suite import run_steps
 from .watching import LoadWatch
 
@@ -42,12 +44,18 @@ def run_suites(arguments: argparse.Namespace, device: str) -> tuple[list[Row], b
         rows += run_steps(
             cases, lambda family: choose(model_peers(family), arguments.peers), device, arguments.rounds, watch
         )
+    if engines := suites & {"memory", "comm"}:
+        rows += run_engines(engine_cases(), engines)
+    if "scaling" in suites:
+        names = arguments.peers or AUTO
+        layers, models = choose(layer_peers(), names), choose(model_peers("mixtral"), names)
+        rows += run_scaling(layers, models, device, arguments.rounds, watch)
     return rows, not watch.disturbed
 
 
 def _peer_names(suites: set[str]) -> list[str]:
-    peers = layer_peers() if "layer" in suites else []
-    if "step" in suites:
+    peers = layer_peers() if suites & {"layer", "scaling"} else []
+    if suites & {"step", "scaling"}:
         peers += [peer for family in FAMILIES for peer in model_peers(family)]
     return list(dict.fromkeys(peer.name for peer in peers))
 

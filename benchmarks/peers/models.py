@@ -53,6 +53,13 @@ class ModelPeer(ABC):
     def build(self, case: StepCase) -> nn.Module:
         """Return the model in float32 on the default device, with weights of any value."""
 
+    def load(self, case: StepCase, weights: dict[str, torch.Tensor], device: torch.device) -> nn.Module:
+        """Build the model on a device with the given weights, in float32."""
+        with torch.device(device):
+            model = self.build(case)
+        model.load_state_dict(weights)
+        return model
+
     @abstractmethod
     def loss(self, model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         """Return what is trained on `(B, S)` tokens."""
