@@ -72,8 +72,17 @@ def deepspeed(
             path.unlink(missing_ok=True)
 
 
-def run_cases(num_ranks: int, cases: list[dict], folder: Path, timeout: int = 900, worker: Path = WORKER) -> None:
+def run_cases(
+    num_ranks: int,
+    cases: list[dict],
+    folder: Path,
+    timeout: int = 900,
+    worker: Path = WORKER,
+    module: str | None = None,
+) -> None:
     """Run many command lines of run_clm_moe.py in one launch; each leaves its results in `folder/NAME`.
+
+    The worker is a script, or a module if one is given.
 
     Raises:
         AssertionError: the launch itself ended with an error, whose last output is shown.
@@ -81,7 +90,8 @@ def run_cases(num_ranks: int, cases: list[dict], folder: Path, timeout: int = 90
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"cases_{num_ranks}.json"
     path.write_text(json.dumps(cases))
-    done = deepspeed(num_ranks, worker, path, folder, timeout=timeout)
+    program = [worker] if module is None else ["--module", module]
+    done = deepspeed(num_ranks, *program, path, folder, timeout=timeout)
     printed = f"{done.stdout[-3000:]}{done.stderr[-6000:]}"
     assert done.returncode == 0, f"{num_ranks} ranks ended with {done.returncode}\n{printed}"
 

@@ -10,18 +10,13 @@ from functools import cached_property
 from pathlib import Path
 
 import pytest
-from launching import ROOT, run_cases
+from launching import run_cases
 from small import deepspeed_json, flags, recipe, save_small_model, small_config
 
+from benchmarks.engine_formulas import LOGGED, OPERATIONS, predicted_messages, predicted_states
 from moe_hf.parallel.parallel_sizes import with_parallel_sizes
-from moe_hf.planning.communication import collectives
-from moe_hf.planning.gathering import gathering
-from moe_hf.planning.memory import total
-from moe_hf.planning.parameters import local_parameters, optimizer_groups
 from moe_hf.planning.setting import read_setting
-from moe_hf.planning.states import state_amounts
 
-WORKER = ROOT / "tests" / "distributed" / "planning_worker.py"
 ROW_LENGTH = 40
 MODEL = {
     "vocab_size": 384,
@@ -37,10 +32,6 @@ MODEL = {
 }
 # By how much a prediction may be wrong.
 STATES, MESSAGES = 0.05, 0.02
-
-# All that carries weights, gradients or tokens; `prof_all` ends the process at the first call that it does not know.
-OPERATIONS = ["all_reduce", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single"]
-LOGGED = {"enabled": True, "verbose": False, "prof_all": False, "debug": False, "prof_ops": OPERATIONS}
 
 FAR = {"stage3_param_persistence_threshold": 100}
 # Weights are let go of and gathered again.
@@ -159,7 +150,7 @@ def measure(cells: list[Cell], model: Path, folder: Path) -> dict[str, list[dict
             report_to="none",
         )
         cases.append({"name": cell.name, "argv": words})
-    run_cases(cells[0].ranks, cases, folder, worker=WORKER)
+    run_cases(cells[0].ranks, cases, folder, module="benchmarks.engine_worker")
     return {
         cell.name: [json.loads((folder / cell.name / f"rank_{r}.json").read_text()) for r in range(cell.ranks)]
         for cell in cells
@@ -200,21 +191,14 @@ def test_the_rest_of_the_matrix_is_as_predicted(rest):
 
 def assert_states(cell: Cell, ranks: list[dict]) -> None:
     """Compare weights, gradients and optimizer states, each by itself, on every rank."""
-    groups = optimizer_groups(cell.config, cell.setting)
     for rank, found in enumerate(ranks):
-        amounts = state_amounts(groups, cell.setting, rank)
-        for kind in ("weights", "gradients", "optimizer"):
-            predicted = total(amounts, kind=kind)
+        for kind, predicted in predicted_states(cell.config, cell.setting, rank).items():
             assert predicted == pytest.approx(found["held"][kind], rel=STATES), (cell.name, rank, kind)
 
 
 def assert_messages(cell: Cell, ranks: list[dict]) -> None:
     """Compare every operation's bytes in one step, on average over ranks: experts get unequal numbers of tokens."""
-    setting = cell.setting
-    gathered = gathering(local_parameters(cell.config, setting), cell.config, setting) if cell.zero == 3 else None
-    predicted = dict.fromkeys(OPERATIONS, 0)
-    for collective in collectives(optimizer_groups(cell.config, setting), cell.config, setting, gathered):
-        predicted[collective.operation] += collective.message
+    predicted = predicted_messages(cell.config, cell.setting)
     of_step = sum(predicted.values())
     for operation in OPERATIONS:
         found = sum(rank["messages"].get(operation, 0) for rank in ranks) / len(ranks)

@@ -1,14 +1,17 @@
-"""Train as `worker.py` does, and write down what every rank holds and sends: `FOLDER/NAME/rank_N.json`."""
+"""Train as run_clm_moe.py does, and write down what every rank holds and sends: `FOLDER/NAME/rank_N.json`.
+
+    deepspeed --num_accelerators 2 --module benchmarks.engine_worker CASES.json FOLDER
+
+Each case is `{"name": …, "argv": […]}`; all run one after the other in the same processes.
+"""
 
 import gc
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import deepspeed.comm
-import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from deepspeed.runtime.tensor_parallel import init_utils
@@ -18,6 +21,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from moe_hf.parallel.failure import FailureRelay
 from moe_hf.parallel.processes import leave
 from moe_hf.training.run import build_trainer
+
+from .engine_states import gradients_of, optimizer_states_of, storages, weights_of
 
 
 class Measuring(TrainerCallback):
@@ -47,38 +52,8 @@ class Measuring(TrainerCallback):
         }
 
 
-def storages(tensors: Iterable[torch.Tensor | None]) -> dict[int, int]:
-    """Return the bytes of every storage that one of the tensors is a view of, by its address."""
-    found = (tensor.untyped_storage() for tensor in tensors if tensor is not None)
-    return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
-
-
-def weights_of(engine) -> Iterator[torch.Tensor | None]:
-    for parameter in engine.module.parameters():
-        yield parameter.data
-        yield getattr(parameter, "ds_tensor", None)
-
-
-def gradients_of(engine) -> Iterator[torch.Tensor | None]:
-    for parameter in engine.module.parameters():
-        yield parameter.grad
-        yield getattr(parameter, "grad_accum", None)
-    for name in ("all_grad_tensors", "averaged_gradients"):
-        for tensors in getattr(engine.optimizer, name, {}).values():
-            yield from tensors or ()
-    yield getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
-
-
-def optimizer_states_of(engine) -> Iterator[torch.Tensor]:
-    for state in engine.basic_optimizer.state.values():
-        # The number of steps is not worth counting.
-        yield from (value for value in state.values() if torch.is_tensor(value) and value.numel() > 1)
-    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups"):
-        for group in getattr(engine.optimizer, name, ()):
-            yield from group if isinstance(group, list) else [group]
-
-
 def main() -> None:
+    """Run the cases of the file that the command line names."""
     words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     cases, folder = json.loads(Path(words[0]).read_text()), Path(words[1])
     relay = FailureRelay()

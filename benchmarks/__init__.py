@@ -1,0 +1,1 @@
+"""Measure training of mixtures of experts beside what else a user could take; `python -m benchmarks.run`."""

@@ -1,0 +1,258 @@
+"""The suite `step`: forward, backward and optimizer of whole models."""
+
+import gc
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import chain
+
+import psutil
+import torch
+from torch import nn
+
+from moe_hf.planning.flops import flops_per_token
+
+from .cases import DTYPES, TOLERANCES, StepCase
+from .counting import counted_synchronisations, memory_use
+from .engine_states import gradients_of, optimizer_states_of, storages, weights_of
+from .engines import ADAM_EPSILON, LEARNING_RATE, MAX_GRAD_NORM, Training, start
+from .equality import filling_uninitialized_memory, poison, refuse_large, relative_error
+from .layer_suite import add_rates, matmul_of
+from .peers.models import ModelPeer, TransformersModel, our_config
+from .peers.registry import CEILING, OURS
+from .results import FAILED, UNAVAILABLE, Row
+from .timing import Rounds, Sample, Watch, interleave
+
+SUITE = "step"
+_CHECKED_STEPS = 3
+
+# Weights, gradients, the optimizer's copy and its two moments; of a device's memory, what states may take.
+_STATE_BYTES = 16
+_FOR_STATES = 0.7
+
+
+def run_steps(
+    cases: Iterable[StepCase],
+    peers_of: Callable[[str], list[ModelPeer]],
+    device: str,
+    num_rounds: int,
+    watch: Watch | None = None,
+) -> list[Row]:
+    """Check, count and time every peer in every case.
+
+    Args:
+        cases: the models.
+        peers_of: ours and others of a family.
+        device: `"cpu"` or `"cuda"`.
+        num_rounds: of timing; 0 to check and count only.
+        watch: looks after the machine while times are taken.
+    """
+    rows = []
+    for case in cases:
+        peers = peers_of(case.family)
+        if len(peers) < 2:
+            continue  # only ours, beside nobody
+        case = with_layers_that_fit(case, device)
+        print(f"step {name_of(case)} {case.dtype}", file=sys.stderr, flush=True)
+        rows += _run_case(case, peers, device, num_rounds, watch)
+    return rows
+
+
+def name_of(case: StepCase) -> str:
+    """Return the name of a case in the table; with its layers, which memory may have cut."""
+    return f"{case.name}/{case.family}/L{case.layers}"
+
+
+def with_layers_that_fit(case: StepCase, device: str) -> StepCase:
+    """Take layers away until ours and one peer find room side by side."""
+    if device != "cuda":
+        return case
+    usable = _FOR_STATES * torch.cuda.mem_get_info()[1]
+    while case.layers > 1 and 2 * _STATE_BYTES * case.parameters > usable:
+        case = replace(case, layers=case.layers - 1)
+    return case
+
+
+def _run_case(case: StepCase, peers: list[ModelPeer], device: str, num_rounds: int, watch) -> list[Row]:
+    tokens = make_tokens(case, device)
+    weights = make_weights(case, device)
+    expected = Expected(case, weights, tokens)
+    rows = {peer.name: Row(SUITE, name_of(case), peer.name, case.dtype) for peer in peers}
+    admitted = [peer for peer in peers if _admit(peer, case, weights, tokens, expected, rows[peer.name])]
+    if num_rounds and admitted:
+        for together in side_by_side(admitted, case, device):
+            _time(together, case, weights, tokens, num_rounds, watch, rows)
+    return list(rows.values())
+
+
+def make_tokens(case: StepCase, device: str) -> torch.Tensor:
+    """Draw tokens that are as frequent as words, `(B, S)`."""
+    draw = torch.Generator().manual_seed(1)
+    frequencies = 1 / torch.arange(1, case.vocab_size + 1)
+    tokens = torch.multinomial(frequencies, case.tokens, replacement=True, generator=draw)
+    return tokens.view(case.batch, case.sequence_length).to(device)
+
+
+def make_weights(case: StepCase, device: str) -> dict[str, torch.Tensor]:
+    """Draw the weights of all models, as Transformers initialises them, on the CPU."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = _reference().build(case)
+    return {name: weight.to("cpu", copy=True) for name, weight in model.state_dict().items()}
+
+
+def _reference() -> TransformersModel:
+    return TransformersModel("reference", "eager")
+
+
+class Expected:
+    """Of the model in float32 with plain PyTorch: the gradients, and the losses of three steps.
+
+    Args:
+        case: the model.
+        weights: of the model.
+        tokens: of every step.
+    """
+
+    def __init__(self, case: StepCase, weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> None:
+        peer = _reference()
+        model = peer.load(case, weights, tokens.device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=ADAM_EPSILON, weight_decay=0.0)
+        self.losses, self.gradients = [], {}
+        for step in range(_CHECKED_STEPS):
+            loss = peer.loss(model, tokens)
+            loss.backward()
+            if step == 0:
+                self.gradients = {name: p.grad.to("cpu", copy=True) for name, p in model.named_parameters()}
+            nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+            self.losses.append(float(loss.detach()))
+
+
+def _admit(peer: ModelPeer, case: StepCase, weights, tokens, expected: Expected, row: Row) -> bool:
+    """Compare a peer with the reference and count; where it fails, write down why."""
+    device = tokens.device.type
+    if (reason := peer.unavailable(case, device)) is not None:
+        row.status, row.reason = UNAVAILABLE, reason
+        return False
+    training = None
+    try:
+        errors = check_gradients(peer, case, weights, tokens, expected, device)
+        poison(tokens.device, DTYPES[case.dtype])
+        training = start(peer, case, weights, tokens)
+        errors |= check_losses(training, expected.losses, TOLERANCES[case.dtype])
+        row.values["max_error"] = max(errors.values())
+        row.values |= count_step(training)
+    except Exception as error:  # whatever another library raises is a result of this measurement
+        row.status, row.reason = FAILED, f"{type(error).__name__}: {str(error)[:200]}"
+        return False
+    finally:
+        if training is not None:
+            training.end()
+        clean(device)
+    return True
+
+
+def check_gradients(
+    peer: ModelPeer,
+    case: StepCase,
+    weights: dict[str, torch.Tensor],
+    tokens: torch.Tensor,
+    expected: Expected,
+    device: str,
+) -> dict[str, float]:
+    """Return the relative errors of the gradients of all weights, of the model in float32 and of cross-entropy alone.
+
+    On a GPU only that of the loss, in the precision of training: most kernels there are of 16 bits, in which a rounded
+    layer lets the next one choose other experts. What they compute is compared in the suite `layer`.
+
+    Raises:
+        Different: one is larger than the precision allows.
+    """
+    model = peer.load(case, weights, tokens.device)
+    if device == "cuda":
+        with torch.no_grad():
+            loss = float(peer.cross_entropy(model.to(DTYPES[case.dtype]), tokens)[1])
+        error = abs(loss - expected.losses[0]) / expected.losses[0]
+        return refuse_large({"loss": error}, TOLERANCES[case.dtype])
+    with filling_uninitialized_memory():
+        peer.cross_entropy(model, tokens)[1].backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    errors = {f"gradient of {name}": relative_error(found.get(name), v) for name, v in expected.gradients.items()}
+    return refuse_large(errors, TOLERANCES["fp32"])
+
+
+def check_losses(training: Training, expected: list[float], tolerance: float) -> dict[str, float]:
+    """Train for some steps, and return the relative errors of their cross-entropies.
+
+    Raises:
+        Different: one is larger than the tolerance.
+    """
+    found = [float(training.step()[1]) for _ in expected]
+    errors = {f"loss of step {i + 1}": abs(a - b) / b for i, (a, b) in enumerate(zip(found, expected, strict=True))}
+    return refuse_large(errors, tolerance)
+
+
+def count_step(training: Training) -> dict[str, float]:
+    """Return what does not depend on time: synchronisations of a step, and the most bytes with all states."""
+    device = training.tokens.device.type
+
+    def backward(loss: torch.Tensor) -> None:
+        training.engine.backward(loss)
+        training.engine.step()
+
+    def forward() -> torch.Tensor:
+        return training.peer.loss(training.engine, training.tokens)
+
+    with counted_synchronisations(device) as synchronisations:
+        backward(forward())
+    engine = training.engine
+    states = storages(chain(weights_of(engine), gradients_of(engine), optimizer_states_of(engine)))
+    memory = memory_use(device, forward, backward)
+    return {"synchronisations": synchronisations[0], "peak_bytes": sum(states.values()) + memory.peak}
+
+
+def clean(device: str) -> None:
+    """Give back what nobody refers to any more."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def side_by_side(peers: list[ModelPeer], case: StepCase, device: str) -> list[list[ModelPeer]]:
+    """Return who is trained in the same rounds: all where memory holds them, else ours with one other each time."""
+    memory = torch.cuda.mem_get_info()[1] if device == "cuda" else psutil.virtual_memory().available
+    if len(peers) * _STATE_BYTES * case.parameters <= _FOR_STATES * memory:
+        return [peers]
+    ours, others = [p for p in peers if p.name == OURS], [p for p in peers if p.name != OURS]
+    return [[*ours, other] for other in others]
+
+
+def _time(
+    peers: list[ModelPeer], case: StepCase, weights, tokens, num_rounds: int, watch: Watch | None, rows: dict[str, Row]
+) -> None:
+    trainings = {peer.name: start(peer, case, weights, tokens) for peer in peers}
+    flops = case.tokens * flops_per_token(our_config(case), case.sequence_length).total
+    like = torch.empty(0, dtype=DTYPES[case.dtype], device=tokens.device)
+    contestants: dict[str, Callable[[], Sample]] = {
+        name: lambda training=training: training.step()[0] for name, training in trainings.items()
+    }
+    contestants[CEILING] = matmul_of(flops, like, "step_ms")
+    rounds = interleave(contestants, num_rounds, watch)
+    for name in trainings:
+        _add_times(rows[name], rounds, case, flops)
+    ceiling = rows.setdefault(CEILING, Row(SUITE, name_of(case), CEILING, case.dtype))
+    _add_times(ceiling, rounds, case, flops)
+    for training in trainings.values():
+        training.end()
+    clean(tokens.device.type)
+
+
+def _add_times(row: Row, rounds: Rounds, case: StepCase, flops: float) -> None:
+    for metric in ("forward_ms", "forward_backward_ms", "step_ms"):
+        if (median := rounds.median(row.peer, metric)) is not None:
+            row.values[metric] = median
+        if row.peer != OURS and (ratio := rounds.ratio(OURS, row.peer, metric)) is not None:
+            row.ratios[metric] = ratio
+    add_rates(row, rounds, "step_ms", case.tokens, flops)
