@@ -24,6 +24,26 @@ class RouterTap(nn.Module):
         return router_logits, top_k_index, dropped
 
 
+class _Logits(torch.autograd.Function):
+    """Linear map in float32 of inputs and a weight in any dtype, which keeps them as they are for the backward pass.
+
+    Autograd's own would keep the inputs in float32: more, in fine-grained layers, than all of the experts.
+    """
+
+    @staticmethod
+    def forward(ctx, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(inputs, weight)
+        return F.linear(inputs.float(), weight.float())
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        inputs, weight = ctx.saved_tensors
+        for_inputs, for_weight = ctx.needs_input_grad
+        by_inputs = (gradient @ weight.float()).to(inputs.dtype) if for_inputs else None
+        by_weight = (gradient.t() @ inputs.float()).to(weight.dtype) if for_weight else None
+        return by_inputs, by_weight
+
+
 class MoERouter(nn.Module):
     r"""Choose K experts for every token and weigh their outputs.
 
@@ -87,11 +107,11 @@ class MoERouter(nn.Module):
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the logits `(T, E)` in float32; in training the inputs `(T, H)` get the noise that is configured."""
-        inputs, noise = hidden_states.float(), self.config.router_jitter_noise
+        inputs, noise = hidden_states, self.config.router_jitter_noise
         if self.training and noise:
-            inputs = inputs * torch.empty_like(inputs).uniform_(1 - noise, 1 + noise)
+            inputs = inputs * torch.empty_like(inputs, dtype=torch.float32).uniform_(1 - noise, 1 + noise)
         with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
-            return F.linear(inputs, self.weight.float())
+            return _Logits.apply(inputs, self.weight)
 
     def compute_scores(self, router_logits: torch.Tensor) -> torch.Tensor:
         """Return the scores `(T, E)` that the logits stand for."""

@@ -67,12 +67,11 @@ def saved_by_layer(config: MoEConfig, setting: Setting, sparse: bool) -> float:
     if shared := config.shared_expert_intermediate_size:
         per_token += result + 4 * b * shared / setting.tp_size
         per_token += b * (hidden + 2) if config.shared_expert_gate else 0
-    elif not setting.reduced_precision or setting.ep_size <= 1:
+    else:
         per_token += result  # the input of the router, and of experts that are all here
-    converted = 4 * hidden if setting.reduced_precision else 0
-    # Input and scores of the router in FP32, its choices and their weights.
-    per_token += converted + 4 * config.num_experts + 12 * config.num_experts_per_tok + 4
-    return setting.tokens * per_token + config.num_experts * converted + _experts(config, setting)
+    # Scores of the router, its choices and their weights.
+    per_token += 4 * config.num_experts + 12 * config.num_experts_per_tok + 4
+    return setting.tokens * per_token + _experts(config, setting)
 
 
 def _norm(width: int, rows: int, b: int) -> int:
