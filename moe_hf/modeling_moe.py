@@ -26,7 +26,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_moe import MoEConfig
 from .kept_choices import keep_choices
-from .language_head import IGNORED_LABEL, LanguageHead
+from .language_head import LanguageHead, loss_in_chunks, loss_of_logits
+from .linear_cross_entropy import IGNORED_LABEL
 from .modeling_outputs import MoECausalLMOutput, MoEModelOutput
 from .router_losses import StatisticsReducer, count_layers, router_losses, router_statistics
 from .routing import ExpertChoiceRouter, MoERouter, RouterTap
@@ -493,13 +494,14 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
                 accumulation steps; with `num_items_in_batch` the loss is this micro-batch's additive share.
             shift_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): the token that each position is
                 to predict, where `labels`, which must be given besides, end before it does.
+            label_smoothing (`float`): share of the uniform distribution in the target of each prediction.
 
         The other arguments are those of `MoEModel.forward`.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        # Not in the signature, where Trainer would take it for a column that every evaluation needs.
-        shift_labels = kwargs.pop("shift_labels", None)
+        # Not in the signature, where Trainer would take them for columns that every evaluation needs.
+        shift_labels, label_smoothing = kwargs.pop("shift_labels", None), kwargs.pop("label_smoothing", 0.0)
         describes_routing = labels is not None and self.config.num_sparse_layers > 0
         counts_assignments = self._counts_assignments()
         outputs: MoEModelOutput = self.model(
@@ -514,24 +516,26 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             output_router_drops=describes_routing,
             **kwargs,
         )
-        if skip_logits and labels is not None:
-            logits = None
+        logits, loss = None, None
+        settings = {"label_smoothing": label_smoothing, "num_items_in_batch": kwargs.get("num_items_in_batch")}
+        settings["z_loss_coef"] = self.config.output_z_loss_coef
+        if labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL) if shift_labels is None else shift_labels
-            ce_loss, sequence_ce_losses = self._cross_entropy(outputs.last_hidden_state, targets, **kwargs)
+        if skip_logits and labels is not None:
+            loss = loss_in_chunks(self.lm_head, outputs.last_hidden_state, targets, **settings)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-            ce_loss = None
             if labels is not None:
-                ce_loss = self.loss_function(logits, labels, self.vocab_size, shift_labels=shift_labels, **kwargs)
-            sequence_ce_losses = None
+                plain = self.loss_function(logits, labels, self.vocab_size, shift_labels=shift_labels, **kwargs)
+                loss = loss_of_logits(plain, logits, targets, **settings)
         result = MoECausalLMOutput(
             # Given at once: an output's entries are ordered as they come, and `loss` is the first by convention.
-            loss=ce_loss,
-            # Not the same tensor: Trainer scales the loss in place.
-            ce_loss=None if ce_loss is None else ce_loss.clone(),
+            loss=loss and loss.total,
+            ce_loss=loss and loss.cross_entropy,
             logits=logits,
-            sequence_ce_losses=sequence_ce_losses,
+            sequence_ce_losses=loss and loss.by_sequence,
+            output_z_loss=loss and loss.z_loss,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -550,27 +554,6 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
                 num_tokens_in_batch = self._estimate_num_tokens(token_mask, labels, kwargs["num_items_in_batch"])
             self._add_router_losses(result, outputs, token_mask, num_tokens_in_batch, kwargs.get("shared_sequence"))
         return result
-
-    def _cross_entropy(
-        self,
-        hidden_states: torch.Tensor,
-        targets: torch.Tensor,
-        num_items_in_batch: torch.Tensor | float | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return what `loss_function` returns for the logits, and without gradients `(B,)` sums of the sequences."""
-        targets = targets.to(hidden_states.device)
-        tokens = hidden_states.flatten(0, 1)
-        if torch.is_grad_enabled():
-            total, by_sequence = self.lm_head(tokens, targets.flatten()), None
-        else:
-            by_sequence = self.lm_head(tokens, targets.flatten(), reduce=False).view_as(targets).sum(dim=1)
-            total = by_sequence.sum()
-        if num_items_in_batch is None:
-            num_items_in_batch = (targets != IGNORED_LABEL).sum()
-        elif torch.is_tensor(num_items_in_batch):
-            num_items_in_batch = num_items_in_batch.to(total.device)
-        return total / num_items_in_batch, by_sequence
 
     def generate(self, *args, **kwargs):
         """As in `GenerationMixin`.

@@ -1,15 +1,12 @@
 """Saved activations against what autograd really saves, tensor by tensor, in our layers and in AutoEP's."""
 
-import weakref
-
 import pytest
 import torch
 from deepspeed.module_inject.auto_ep import AutoEP
 from deepspeed.module_inject.auto_ep_config import parse_autoep_config
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from live_bytes import LiveBytes
 
-from moe_hf import MoEConfig, MoEForCausalLM, language_head
+from moe_hf import MoEConfig, MoEForCausalLM, linear_cross_entropy
 from moe_hf.parallel import autoep
 from moe_hf.parallel.zero_settings import zero_settings
 from moe_hf.planning import activations
@@ -93,30 +90,6 @@ def test_layer_saves_what_is_predicted(kind, in_autoep, item_size):
     assert predicted == pytest.approx(bytes_saved(model, run), rel=0.02)
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made and not yet let go of."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_flatten(result)[0]:
-            if torch.is_tensor(tensor) and (place := tensor.untyped_storage()._cdata) not in self._known:
-                size = tensor.untyped_storage().nbytes()
-                self._known.add(place)
-                self.now += size
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(tensor.untyped_storage(), self._forget, place, size)
-        return result
-
-    def _forget(self, place: int, size: int) -> None:
-        self._known.discard(place)
-        self.now -= size
-
-
 @pytest.mark.parametrize("width", [208, 640])
 @pytest.mark.parametrize(("kind", "in_autoep"), [("dense", False), ("sparse", False), ("sparse", True)])
 def test_backward_pass_of_a_layer_needs_what_is_estimated(kind, in_autoep, width):
@@ -139,7 +112,7 @@ def test_head_never_holds_all_logits():
     amounts = {a.name: a.bytes for a in activation_amounts(config, setting(micro_batch=64))}
     logits = 2 * 64 * TOKENS * config.vocab_size
     assert "the head" in amounts and sum(amounts.values()) < logits
-    assert activations.MAX_LOGITS == language_head._MAX_LOGITS
+    assert activations.MAX_LOGITS == linear_cross_entropy._MAX_LOGITS
     # The gradient of the head's weight is kept from the forward pass on, in FP32.
     assert amounts["saved by the head"] > 4 * config.vocab_size * config.hidden_size
 
