@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.integrations import use_experts_implementation
+from transformers.integrations import use_experts_implementation, use_kernel_forward_from_hub, use_kernelized_func
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
@@ -121,6 +121,7 @@ class MoESparseBlock(nn.Module):
         return torch.zeros_like(tokens).index_add_(0, chosen, rows.to(tokens.dtype))
 
 
+@use_kernel_forward_from_hub("RMSNorm")
 class MoERMSNorm(nn.Module):
     """Root-mean-square normalisation in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
 
@@ -185,13 +186,13 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
-def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first `rotary_dim` channels of every head of `x` `(B, heads, S, head_dim)`; the rest pass through."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    rotary_dim = cos.shape[-1]
-    rotated, passed = x[..., :rotary_dim], x[..., rotary_dim:]
-    rotated = rotated * cos + rotate_half(rotated) * sin
-    return rotated if rotary_dim == x.shape[-1] else torch.cat((rotated, passed), dim=-1)
+@use_kernel_forward_from_hub("rotary_pos_emb")
+def apply_rotary_pos_emb(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate all channels of queries and keys `(B, heads, S, rotary_dim)` by angles `(B, S, rotary_dim)`."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
 
 def eager_attention_forward(
@@ -232,6 +233,7 @@ class AttentionTap(nn.Module):
         return query, key
 
 
+@use_kernelized_func(apply_rotary_pos_emb)
 class MoEAttention(nn.Module):
     """Grouped-query attention with rotary positions, optional QK-norm and optional sigmoid output gate."""
 
@@ -270,7 +272,7 @@ class MoEAttention(nn.Module):
         input_shape = hidden_states.shape[:-1]
         query, key = self._project_normalized(hidden_states)
         value = self.v_proj(hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
-        query, key = self.tap(*(apply_rotary_pos_emb(x, *position_embeddings) for x in (query, key)))
+        query, key = self.tap(*self._rotate(query, key, *position_embeddings))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -299,6 +301,19 @@ class MoEAttention(nn.Module):
         if self.config.use_qk_norm and self.config.qk_norm_scope == "head":
             query, key = self.q_norm(query), self.k_norm(key)
         return query.transpose(1, 2), key.transpose(1, 2)
+
+    @staticmethod
+    def _rotate(
+        query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn the first `rotary_dim` channels of every head of `(B, heads, S, head_dim)`; the rest pass through."""
+        rotary_dim = cos.shape[-1]
+        if rotary_dim == query.shape[-1]:
+            return apply_rotary_pos_emb(query, key, cos, sin)
+        rotated = apply_rotary_pos_emb(query[..., :rotary_dim], key[..., :rotary_dim], cos, sin)
+        pairs = zip(rotated, (query, key), strict=True)
+        query, key = (torch.cat((turned, x[..., rotary_dim:]), dim=-1) for turned, x in pairs)
+        return query, key
 
 
 class MoEDecoderLayer(GradientCheckpointingLayer):

@@ -87,3 +87,75 @@ def install(monkeypatch, **modules: dict) -> None:
             if name not in sys.modules or end == len(parts):
                 monkeypatch.setitem(sys.modules, name, ModuleType(name))
         vars(sys.modules[name]).update(names)
+
+
+class LigerRMSNormFunction(torch.autograd.Function):
+    """`liger_kernel.ops.rms_norm.LigerRMSNormFunction` with Llama's casting."""
+
+    @staticmethod
+    def forward(ctx, X, W, eps, offset=0.0, casting_mode="llama", in_place=True, row_mode=None):
+        assert casting_mode == "llama" and offset == 0.0
+        inverse = torch.rsqrt(X.float().square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(X, W, inverse)
+        ctx.in_place = in_place
+        return (X.float() * inverse).to(X.dtype) * W
+
+    @staticmethod
+    def backward(ctx, dY):
+        X, W, inverse = ctx.saved_tensors
+        normalized, weighted = X.float() * inverse, (dY * W).float()
+        dW = (dY.float() * normalized.to(X.dtype)).flatten(0, -2).sum(0).to(W.dtype)
+        dX = inverse * (weighted - normalized * (weighted * normalized).mean(-1, keepdim=True))
+        dX = dY.copy_(dX) if ctx.in_place else dX.to(dY.dtype)
+        return dX, dW, None, None, None, None, None
+
+
+class LigerSiLUMulFunction(torch.autograd.Function):
+    """`liger_kernel.ops.swiglu.LigerSiLUMulFunction`, whose gradients take the memory of its inputs."""
+
+    @staticmethod
+    def forward(ctx, a, b, gate_multiplier=1.0, down_multiplier=1.0):
+        assert gate_multiplier == down_multiplier == 1.0
+        ctx.save_for_backward(a, b)
+        return torch.nn.functional.silu(a.float()).to(b.dtype) * b
+
+    @staticmethod
+    def backward(ctx, dc):
+        a, b = ctx.saved_tensors
+        sigmoid = a.float().sigmoid()
+        silu = a.float() * sigmoid
+        of_b = dc * silu
+        a.copy_(dc * (silu * (1 - sigmoid) + sigmoid) * b)
+        b.copy_(of_b)
+        return a, b, None, None
+
+
+class LigerRopeFunction(torch.autograd.Function):
+    """`liger_kernel.ops.rope.LigerRopeFunction`, which rotates where queries and keys are, as its gradients do."""
+
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None):
+        ctx.save_for_backward(cos, sin)
+        return _rotate_in_place(q, cos, sin), _rotate_in_place(k, cos, sin)
+
+    @staticmethod
+    def backward(ctx, dq, dk):
+        cos, sin = ctx.saved_tensors
+        return _rotate_in_place(dq, cos, -sin), _rotate_in_place(dk, cos, -sin), None, None, None, None, None
+
+
+def _rotate_in_place(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    rows = x.transpose(1, 2).contiguous()
+    half = cos.shape[-1] // 2
+    first, second = rows[..., :half], rows[..., half : 2 * half]
+    cos, sin = cos[:, :, None, :half], sin[:, :, None, :half]
+    turned = first * cos - second * sin, second * cos + first * sin
+    first.copy_(turned[0]), second.copy_(turned[1])
+    return rows.transpose(1, 2)
+
+
+ELEMENTWISE = {
+    "ops__rms_norm": {"LigerRMSNormFunction": LigerRMSNormFunction},
+    "ops__swiglu": {"LigerSiLUMulFunction": LigerSiLUMulFunction},
+    "ops__rope": {"LigerRopeFunction": LigerRopeFunction},
+}

@@ -14,6 +14,7 @@ from ..parallel.processes import rank
 from ..parallel.tensor_parallel import clip_by_all_experts
 from .bias_update import RouterBiasUpdater
 from .compiling import FETCHED_WHOLE, compile_dense_parts
+from .liger import LigerKernels, use_liger_kernels
 from .measuring import MeasuringTrainer, num_unmasked
 from .nonfinite import NonFiniteGuard
 from .preemption import Preempted, SignalWatch, spare_workers
@@ -38,6 +39,9 @@ class MoETrainer(MeasuringTrainer):
         super().__init__(**kwargs)
         # The model smooths labels itself, without having all logits at once.
         self.label_smoother = None
+        if self.args.use_liger_kernel:
+            # Trainer's own patches, which come later, know nothing of these layers.
+            use_liger_kernels(self.model, LigerKernels(**self.args.liger_kernel_config or {}))
         if self.args.fp8:
             convert_to_float8(self.model, checkpointed=self.args.gradient_checkpointing)
         fetched_whole = FETCHED_WHOLE if self.args.torch_compile else ()

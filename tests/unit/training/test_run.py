@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import liger_twin
 import oracle
 import pytest
 import torch
@@ -25,7 +26,7 @@ from moe_hf import MoEForCausalLM, cli
 from moe_hf.checkpoint.manifest import Progress, is_whole, read_manifest
 from moe_hf.errors import CheckpointError, ConfigError
 from moe_hf.parallel.failure import FailureRelay
-from moe_hf.training import run, saving
+from moe_hf.training import run, saving, speed_arguments
 from moe_hf.training.preemption import Preempted
 from moe_hf.training.run import build_trainer, execute, train_and_export
 from moe_hf.training.telemetry import throughput
@@ -728,6 +729,22 @@ def test_resuming_may_be_said_in_a_file(lab, evaluated, tmp_path):
     shutil.copytree(lab.folder / "evaluated" / "checkpoint-3", lab.folder / "continued" / "checkpoint-3")
     lab.train("continued", str(path))
     assert [entry["step"] for entry in lab.steps("continued")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_ligers_kernels_train_alike(lab, evaluated, monkeypatch):
+    """All but the rotation, as the command line says; a twin of Liger stands in for a GPU."""
+    liger_twin.install(monkeypatch, **liger_twin.ELEMENTWISE)
+    asked = []
+    monkeypatch.setattr(speed_arguments, "check_liger", lambda settings, compiles: asked.append(settings))
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", lambda model, settings: None)
+    used = []
+    monkeypatch.setattr(liger_twin.LigerRopeFunction, "apply", lambda *args: pytest.fail("rotated"))
+    for kind in (liger_twin.LigerRMSNormFunction, liger_twin.LigerSiLUMulFunction):
+        monkeypatch.setattr(kind, "apply", lambda *args, kind=kind, run=kind.apply: (used.append(kind), run(*args))[1])
+    lab.train("liger", use_liger_kernel=True, liger_kernel_config='{"rope": false}', save_strategy="no")
+    assert asked == [{"rope": False}] and len(set(used)) == 2
+    losses = [[entry["loss"] for entry in lab.steps(name)] for name in ("liger", "evaluated")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("flag", [{"label_smoothing_factor": 1.0}, {"eval_do_concat_batches": False}])
