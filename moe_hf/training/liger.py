@@ -67,8 +67,8 @@ def use_liger_kernels(model: nn.Module, kernels: LigerKernels) -> int:
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
     def rms_norm(self: MoERMSNorm, hidden_states: torch.Tensor) -> torch.Tensor:
-        # As for Llama: only the normalisation is in float32, and the gradient takes the memory of the one that comes in,
-        # which products of matrices have made.
+        # As for Llama: only the normalisation is in float32, and the gradient takes the memory of the one that comes
+        # in, which products of matrices have made.
         offset, casting_mode, in_place = 0.0, "llama", True
         return LigerRMSNormFunction.apply(
             hidden_states, self.weight, self.variance_epsilon, offset, casting_mode, in_place
