@@ -105,6 +105,8 @@ class MoEConfig(PreTrainedConfig):
             not given. With `"expert_choice"` it is what every expert takes, 1 when not given.
         token_drop_policy (`str`, defaults to `"probability"`): whom an expert takes first: `"probability"`, the largest
             routing weights, or `"position"`, first choices in the order of the tokens, then second ones (GShard).
+        output_z_loss_coef (`float`, defaults to 0.0): weight of the z-loss of the predictions, the squared logsumexp of
+            the vocabulary's logits (PaLM, arXiv 2204.02311, uses 0.0001).
         output_router_logits (`bool`, defaults to `False`): return the router logits. The losses do not depend on it.
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
         rms_norm_eps (`float`, defaults to 1e-6): epsilon of every RMSNorm.
@@ -117,6 +119,7 @@ class MoEConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = [
         "past_key_values",
         "ce_loss",
+        "output_z_loss",
         "sequence_ce_losses",
         "aux_loss",
         "z_loss",
@@ -201,6 +204,7 @@ class MoEConfig(PreTrainedConfig):
     router_jitter_noise: float | int = 0.0
     expert_capacity_factor: float | int | None = None
     token_drop_policy: str = "probability"
+    output_z_loss_coef: float | int = 0.0
     output_router_logits: bool = False
     initializer_range: float | int = 0.02
     rms_norm_eps: float | int = 1e-6
@@ -316,7 +320,7 @@ class MoEConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("initializer_range", "shared_expert_intermediate_size"):
+        for name in ("initializer_range", "output_z_loss_coef", "shared_expert_intermediate_size"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}={value} must be a finite number that is not negative.")

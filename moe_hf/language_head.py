@@ -1,101 +1,143 @@
 """The language-modelling head, which can compute the cross-entropy without ever holding the logits of the whole batch.
 
-Shape letters: T tokens, H hidden size, V vocabulary.
+Shape letters: B batch, S sequence, T tokens, H hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-IGNORED_LABEL = -100
-
-# Logits that exist at one time, 128 MiB of them in float32: some hundreds of tokens with a vocabulary of 50 thousand.
-_MAX_LOGITS = 2**25
+from .linear_cross_entropy import IGNORED_LABEL, LossTerms, losses_besides, summed_losses, token_losses
 
 
 class LanguageHead(nn.Linear):
-    """Linear map from hidden states to logits, or, when it is given labels, to cross-entropies."""
+    """Linear map from hidden states to logits, or, when it is given labels, to cross-entropies.
+
+    Attributes:
+        fused: on a GPU let Liger's kernel compute the cross-entropies, where that package is installed.
+    """
+
+    fused = True
 
     def forward(
-        self, hidden_states: torch.Tensor, labels: torch.Tensor | None = None, *, reduce: bool = True
-    ) -> torch.Tensor:
-        """Return logits, `(…, H)` to `(…, V)`; with labels the cross-entropy in float32, computed chunk by chunk.
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        *,
+        reduce: bool = True,
+        label_smoothing: float = 0.0,
+        z_loss_coef: float = 0.0,
+        return_z_loss: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Return logits, `(…, H)` to `(…, V)`; with labels the loss in float32, computed chunk by chunk.
 
-        The loss is computed in here, not beside the module, so that ZeRO-3 has the weight in one piece by then.
+        The loss is computed in here, not beside the module, so that ZeRO-3 has the weight in one piece by then. It can
+        go backward once.
 
         Args:
             hidden_states: `(…, H)`, with labels `(T, H)`.
             labels: `(T,)`, the token that each position is to predict; -100 is ignored.
             reduce: return the sum over the tokens. Otherwise `(T,)` values, without gradients.
+            label_smoothing: weight of the uniform distribution in the targets, at least 0 and below 1.
+            z_loss_coef: weight of the squared logsumexp of the logits, a part of the loss.
+            return_z_loss: return that part, without gradients, beside the loss.
         """
         if labels is None:
             return super().forward(hidden_states)
-        weight = self.weight
-        if reduce:
-            return _SummedCrossEntropy.apply(hidden_states, weight, labels)
-        with torch.no_grad():
-            parts = [
-                _losses(_log_probabilities(hidden_states[rows], weight), labels[rows])
-                for rows in _chunks(weight, labels)
-            ]
-        return torch.cat(parts)
+        terms = LossTerms(label_smoothing, z_loss_coef, self.fused)
+        losses = summed_losses if reduce else token_losses
+        loss, z_loss = losses(hidden_states, self.weight, labels, terms)
+        return (loss, z_loss) if return_z_loss else loss
 
 
-class _SummedCrossEntropy(torch.autograd.Function):
-    """Computes the gradients in the forward pass, chunk by chunk, as long as a chunk's probabilities are there.
+class PredictionLoss(NamedTuple):
+    """Loss of a batch's predictions, a mean over its labels or this micro-batch's share of one.
 
-    They are those of the sum, which neither the number of tokens nor a loss scale has made small: 16 bits hold them.
+    Attributes:
+        total: the cross-entropy and its z-loss, weighted.
+        cross_entropy: with smoothed labels where they are asked for. From chunks and with a z-loss it has no gradient.
+        z_loss: mean squared logsumexp of the logits, not weighted; `None` where it has no weight.
+        by_sequence: `(B,)` summed cross-entropies, if the loss was computed in chunks and without gradients.
     """
 
-    @staticmethod
-    def forward(ctx, hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros((), device=hidden_states.device)
-        for_hidden, for_weight = ctx.needs_input_grad[:2]
-        hidden_gradient = torch.empty_like(hidden_states) if for_hidden else None
-        # Summed over chunks in float32, whatever the weight is.
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
-        for rows in _chunks(weight, labels):
-            log_probabilities = _log_probabilities(hidden_states[rows], weight)
-            total += _losses(log_probabilities, labels[rows]).sum()
-            gradient = _gradient_of_logits(log_probabilities, labels[rows]).to(hidden_states.dtype)
-            if for_hidden:
-                hidden_gradient[rows] = gradient @ weight
-            if for_weight:
-                weight_gradient += gradient.t() @ hidden_states[rows]
-            del log_probabilities, gradient  # or they would live on beside those of the next chunk
-        ctx.save_for_backward(hidden_gradient, weight_gradient)
-        ctx.weight_dtype = weight.dtype
-        return total
-
-    @staticmethod
-    def backward(ctx, factor: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        hidden_gradient, weight_gradient = ctx.saved_tensors
-        if hidden_gradient is not None:
-            hidden_gradient = hidden_gradient * factor
-        if weight_gradient is not None:
-            weight_gradient = (weight_gradient * factor).to(ctx.weight_dtype)
-        return hidden_gradient, weight_gradient, None
+    total: torch.Tensor
+    cross_entropy: torch.Tensor
+    z_loss: torch.Tensor | None
+    by_sequence: torch.Tensor | None = None
 
 
-def _chunks(weight: torch.Tensor, labels: torch.Tensor) -> Iterator[slice]:
-    size = max(1, _MAX_LOGITS // len(weight))
-    return (slice(start, start + size) for start in range(0, len(labels), size))
+def loss_in_chunks(
+    head: LanguageHead,
+    hidden_states: torch.Tensor,
+    targets: torch.Tensor,
+    num_items_in_batch: torch.Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss_coef: float = 0.0,
+) -> PredictionLoss:
+    """Return the loss without the logits of the whole batch.
+
+    Args:
+        head: computes it.
+        hidden_states: `(B, S, H)`.
+        targets: `(B, S)`, the token that each position is to predict; -100 is ignored.
+        num_items_in_batch: what the sum over the labels is divided by; their number when not given.
+        label_smoothing: weight of the uniform distribution in the targets.
+        z_loss_coef: weight of the z-loss.
+    """
+    targets = targets.to(hidden_states.device)
+    with_gradients = torch.is_grad_enabled()
+    total, z_part = head(
+        hidden_states.flatten(0, 1),
+        targets.flatten(),
+        reduce=with_gradients,
+        label_smoothing=label_smoothing,
+        z_loss_coef=z_loss_coef,
+        return_z_loss=True,
+    )
+    by_sequence = None
+    if not with_gradients:
+        by_sequence = (total - z_part).view_as(targets).sum(dim=1)
+        total, z_part = total.sum(), z_part.sum()
+    num_items = _num_items(num_items_in_batch, targets)
+    total = total / num_items
+    if not z_loss_coef:
+        return PredictionLoss(total, total.clone(), None, by_sequence)
+    z_part = z_part / num_items
+    return PredictionLoss(total, total.detach() - z_part, z_part / z_loss_coef, by_sequence)
 
 
-def _log_probabilities(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return F.linear(hidden_states, weight).float().log_softmax(dim=-1)
+def loss_of_logits(
+    cross_entropy: torch.Tensor,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    num_items_in_batch: torch.Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss_coef: float = 0.0,
+) -> PredictionLoss:
+    """Add to the plain mean cross-entropy of whole logits what label smoothing and the z-loss add.
+
+    Args:
+        cross_entropy: of the logits, divided as the result.
+        logits: `(B, S, V)`.
+        targets: as for `loss_in_chunks`, as everything below.
+        num_items_in_batch: see there.
+        label_smoothing: see there.
+        z_loss_coef: see there.
+    """
+    if not (label_smoothing or z_loss_coef):
+        # Not the same tensor: Trainer scales the loss in place.
+        return PredictionLoss(cross_entropy, cross_entropy.clone(), None)
+    targets = targets.to(logits.device)
+    num_items = _num_items(num_items_in_batch, targets)
+    smoothing, z_part = (
+        part / num_items for part in losses_besides(logits, targets, LossTerms(label_smoothing, z_loss_coef))
+    )
+    cross_entropy = cross_entropy + smoothing
+    return PredictionLoss(cross_entropy + z_part, cross_entropy, z_part / z_loss_coef if z_loss_coef else None)
 
 
-def _losses(log_probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return F.nll_loss(log_probabilities, labels, ignore_index=IGNORED_LABEL, reduction="none")
-
-
-def _gradient_of_logits(log_probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Turn log-probabilities, in place, into the gradient by the logits: softmax minus one-hot."""
-    ignored = labels == IGNORED_LABEL
-    target = labels.masked_fill(ignored, 0).unsqueeze(-1)
-    gradient = log_probabilities.exp_()
-    gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
-    return gradient.masked_fill_(ignored.unsqueeze(-1), 0.0)
+def _num_items(given: torch.Tensor | float | None, targets: torch.Tensor) -> torch.Tensor | float:
+    if given is None:
+        return (targets != IGNORED_LABEL).sum()
+    return given.to(targets.device) if torch.is_tensor(given) else given

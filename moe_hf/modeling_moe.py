@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.integrations import use_experts_implementation
+from transformers.integrations import use_experts_implementation, use_kernel_forward_from_hub, use_kernelized_func
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -27,7 +27,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_moe import MoEConfig
 from .kept_choices import keep_choices
-from .language_head import IGNORED_LABEL, LanguageHead
+from .language_head import LanguageHead, loss_in_chunks, loss_of_logits
+from .linear_cross_entropy import IGNORED_LABEL
 from .modeling_outputs import MoECausalLMOutput, MoEModelOutput
 from .router_losses import StatisticsReducer, count_layers, router_losses, router_statistics
 from .routing import ExpertChoiceRouter, MoERouter, RouterTap
@@ -121,6 +122,7 @@ class MoESparseBlock(nn.Module):
         return torch.zeros_like(tokens).index_add_(0, chosen, rows.to(tokens.dtype))
 
 
+@use_kernel_forward_from_hub("RMSNorm")
 class MoERMSNorm(nn.Module):
     """Root-mean-square normalisation in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
 
@@ -185,13 +187,13 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
-def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first `rotary_dim` channels of every head of `x` `(B, heads, S, head_dim)`; the rest pass through."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    rotary_dim = cos.shape[-1]
-    rotated, passed = x[..., :rotary_dim], x[..., rotary_dim:]
-    rotated = rotated * cos + rotate_half(rotated) * sin
-    return rotated if rotary_dim == x.shape[-1] else torch.cat((rotated, passed), dim=-1)
+@use_kernel_forward_from_hub("rotary_pos_emb")
+def apply_rotary_pos_emb(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate all channels of queries and keys `(B, heads, S, rotary_dim)` by angles `(B, S, rotary_dim)`."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
 
 def eager_attention_forward(
@@ -232,6 +234,7 @@ class AttentionTap(nn.Module):
         return query, key
 
 
+@use_kernelized_func(apply_rotary_pos_emb)
 class MoEAttention(nn.Module):
     """Grouped-query attention with rotary positions, optional QK-norm and optional sigmoid output gate."""
 
@@ -270,7 +273,7 @@ class MoEAttention(nn.Module):
         input_shape = hidden_states.shape[:-1]
         query, key = self._project_normalized(hidden_states)
         value = self.v_proj(hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
-        query, key = self.tap(*(apply_rotary_pos_emb(x, *position_embeddings) for x in (query, key)))
+        query, key = self.tap(*self._rotate(query, key, *position_embeddings))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -299,6 +302,19 @@ class MoEAttention(nn.Module):
         if self.config.use_qk_norm and self.config.qk_norm_scope == "head":
             query, key = self.q_norm(query), self.k_norm(key)
         return query.transpose(1, 2), key.transpose(1, 2)
+
+    @staticmethod
+    def _rotate(
+        query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn the first `rotary_dim` channels of every head of `(B, heads, S, head_dim)`; the rest pass through."""
+        rotary_dim = cos.shape[-1]
+        if rotary_dim == query.shape[-1]:
+            return apply_rotary_pos_emb(query, key, cos, sin)
+        rotated = apply_rotary_pos_emb(query[..., :rotary_dim], key[..., :rotary_dim], cos, sin)
+        pairs = zip(rotated, (query, key), strict=True)
+        query, key = (torch.cat((turned, x[..., rotary_dim:]), dim=-1) for turned, x in pairs)
+        return query, key
 
 
 class MoEDecoderLayer(GradientCheckpointingLayer):
@@ -500,13 +516,14 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
                 accumulation steps; with `num_items_in_batch` the loss is this micro-batch's additive share.
             shift_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): the token that each position is
                 to predict, where `labels`, which must be given besides, end before it does.
+            label_smoothing (`float`): share of the uniform distribution in the target of each prediction.
 
         The other arguments are those of `MoEModel.forward`.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        # Not in the signature, where Trainer would take it for a column that every evaluation needs.
-        shift_labels = kwargs.pop("shift_labels", None)
+        # Not in the signature, where Trainer would take them for columns that every evaluation needs.
+        shift_labels, label_smoothing = kwargs.pop("shift_labels", None), kwargs.pop("label_smoothing", 0.0)
         describes_routing = labels is not None and self.config.num_sparse_layers > 0
         counts_assignments = self._counts_assignments()
         outputs: MoEModelOutput = self.model(
@@ -521,24 +538,26 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             output_router_drops=describes_routing,
             **kwargs,
         )
-        if skip_logits and labels is not None:
-            logits = None
+        logits, loss = None, None
+        settings = {"label_smoothing": label_smoothing, "num_items_in_batch": kwargs.get("num_items_in_batch")}
+        settings["z_loss_coef"] = self.config.output_z_loss_coef
+        if labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL) if shift_labels is None else shift_labels
-            ce_loss, sequence_ce_losses = self._cross_entropy(outputs.last_hidden_state, targets, **kwargs)
+        if skip_logits and labels is not None:
+            loss = loss_in_chunks(self.lm_head, outputs.last_hidden_state, targets, **settings)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-            ce_loss = None
             if labels is not None:
-                ce_loss = self.loss_function(logits, labels, self.vocab_size, shift_labels=shift_labels, **kwargs)
-            sequence_ce_losses = None
+                plain = self.loss_function(logits, labels, self.vocab_size, shift_labels=shift_labels, **kwargs)
+                loss = loss_of_logits(plain, logits, targets, **settings)
         result = MoECausalLMOutput(
             # Given at once: an output's entries are ordered as they come, and `loss` is the first by convention.
-            loss=ce_loss,
-            # Not the same tensor: Trainer scales the loss in place.
-            ce_loss=None if ce_loss is None else ce_loss.clone(),
+            loss=loss and loss.total,
+            ce_loss=loss and loss.cross_entropy,
             logits=logits,
-            sequence_ce_losses=sequence_ce_losses,
+            sequence_ce_losses=loss and loss.by_sequence,
+            output_z_loss=loss and loss.z_loss,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -557,27 +576,6 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
                 num_tokens_in_batch = self._estimate_num_tokens(token_mask, labels, kwargs["num_items_in_batch"])
             self._add_router_losses(result, outputs, token_mask, num_tokens_in_batch, kwargs.get("shared_sequence"))
         return result
-
-    def _cross_entropy(
-        self,
-        hidden_states: torch.Tensor,
-        targets: torch.Tensor,
-        num_items_in_batch: torch.Tensor | float | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return what `loss_function` returns for the logits, and without gradients `(B,)` sums of the sequences."""
-        targets = targets.to(hidden_states.device)
-        tokens = hidden_states.flatten(0, 1)
-        if torch.is_grad_enabled():
-            total, by_sequence = self.lm_head(tokens, targets.flatten()), None
-        else:
-            by_sequence = self.lm_head(tokens, targets.flatten(), reduce=False).view_as(targets).sum(dim=1)
-            total = by_sequence.sum()
-        if num_items_in_batch is None:
-            num_items_in_batch = (targets != IGNORED_LABEL).sum()
-        elif torch.is_tensor(num_items_in_batch):
-            num_items_in_batch = num_items_in_batch.to(total.device)
-        return total / num_items_in_batch, by_sequence
 
     def generate(self, *args, **kwargs):
         """As in `GenerationMixin`.

@@ -20,8 +20,12 @@ class MoEModelOutput(MoeModelOutputWithPast):
 
 @dataclass
 class MoECausalLMOutput(MoeCausalLMOutputWithPast):
-    """Output of `MoEForCausalLM`; `loss = ce_loss + router_aux_loss_coef * aux_loss + router_z_loss_coef * z_loss`.
+    """Output of `MoEForCausalLM`; `loss` is the sum of its parts.
 
+    They are `ce_loss`, `output_z_loss_coef * output_z_loss`, `router_aux_loss_coef * aux_loss` and
+    `router_z_loss_coef * z_loss`.
+    `ce_loss` is of smoothed labels where `label_smoothing` was given; `output_z_loss` is `None` if its weight is 0.
+    With `skip_logits`, a loss that has both has gradients only as their weighted sum.
     Where no balancing loss is asked for, the loss has no part of `aux_loss`, which then only tells of the balance of
     one rank's tokens.
     `aux_loss` and `z_loss` are the sums of the per-layer `layer_aux_losses` and `layer_z_losses`, each `(L,)`.
@@ -33,6 +37,7 @@ class MoECausalLMOutput(MoeCausalLMOutputWithPast):
     """
 
     ce_loss: torch.FloatTensor | None = None
+    output_z_loss: torch.FloatTensor | None = None
     sequence_ce_losses: torch.FloatTensor | None = None
     z_loss: torch.FloatTensor | None = None
     layer_aux_losses: torch.FloatTensor | None = None

@@ -255,6 +255,7 @@ def _measured(log_history: list[dict]) -> dict[str, str]:
         )
         for key, name in (
             ("ce_loss", "training cross-entropy"),
+            ("output_z_loss", "z-loss of the predictions"),
             ("aux_loss", "load-balancing loss"),
             ("z_loss", "z-loss"),
         ):

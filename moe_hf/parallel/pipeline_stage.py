@@ -54,6 +54,8 @@ class PipelineStage(MoEForCausalLM):
         config.num_hidden_layers = len(self.layers_here)
         if not self.is_first:
             config.hidden_dropout = 0.0  # of the embeddings; layers have read it before
+        if not self.is_last:
+            config.output_z_loss_coef = 0.0
         return config
 
     def run(self, batch: dict[str, torch.Tensor], received: torch.Tensor, **options) -> MoECausalLMOutput:
@@ -66,6 +68,8 @@ class PipelineStage(MoEForCausalLM):
         """
         inputs = {name: value for name, value in batch.items() if name != "input_ids"}
         inputs["input_ids" if self.is_first else "inputs_embeds"] = received
+        if not self.is_last:
+            options.pop("label_smoothing", None)
         return self(**inputs, use_cache=False, skip_logits=self.is_last, **options)
 
     def part_filled_from(self, name: str) -> nn.Module | None:

@@ -14,7 +14,7 @@ from ..configuration_moe import MoEConfig
 from .memory import COMPUTING, Amount
 from .setting import Setting
 
-# Logits that the head has at one time, as `language_head` says.
+# Logits that the head has at one time, as `linear_cross_entropy` says.
 MAX_LOGITS = 2**25
 
 # Rows by which AutoEP rounds up what each local expert gets (`TOKEN_GROUP_ALIGN_SIZE_M`).
@@ -134,7 +134,8 @@ def _saved_by_head(config: MoEConfig, setting: Setting) -> float:
 
 
 def _head(config: MoEConfig, setting: Setting) -> float:
-    """Return what the head needs besides: logits of a chunk of tokens in three forms, the weight's gradient anew."""
+    """Return what the head needs besides: logits and probabilities of a chunk, the weight's gradient in 16 bits."""
     b = setting.item_size
     chunk = min(setting.tokens, max(1, MAX_LOGITS // config.vocab_size))
-    return chunk * config.vocab_size * (8 + b) + (4 + b) * config.vocab_size * config.hidden_size
+    rounded = b * config.vocab_size * config.hidden_size if setting.reduced_precision else 0
+    return chunk * config.vocab_size * (4 + b) + rounded

@@ -162,10 +162,9 @@ def _check_flags(namespace: argparse.Namespace) -> None:
             f"--train_sampling_strategy {namespace.train_sampling_strategy} orders the rows anew in each run, so that "
             "resuming would repeat some and skip others; use random or sequential."
         )
-    if namespace.label_smoothing_factor:
+    if not 0 <= namespace.label_smoothing_factor < 1:
         raise ConfigError(
-            f"label_smoothing_factor={namespace.label_smoothing_factor} is not supported: the loss is the model's own; "
-            "leave it at 0."
+            f"label_smoothing_factor={namespace.label_smoothing_factor} must be at least 0 and below 1; 0.1 is usual."
         )
     if namespace.fsdp:
         raise ConfigError("--fsdp is not supported; ZeRO 3 does the same: --deepspeed ds_configs/zero3.json.")

@@ -37,11 +37,12 @@ class WholeModelOutputs:
         if not torch.is_grad_enabled() or outputs.sequence_ce_losses is not None:
             missing = torch.zeros(batch_size, device=device)
             whole.sequence_ce_losses = missing if outputs.sequence_ce_losses is None else outputs.sequence_ce_losses
+        if self._config.output_z_loss_coef:
+            _set_or_zero(whole, "output_z_loss", outputs)
         if not self._num_layers:
             return whole
         for name in ("aux_loss", "z_loss"):
-            value = getattr(outputs, name)
-            setattr(whole, name, torch.zeros((), device=device) if value is None else value)
+            _set_or_zero(whole, name, outputs)
         shapes = {"layer_aux_losses": (), "layer_z_losses": ()}
         shapes["tokens_per_expert"] = (batch_size, self._config.num_experts)
         if statistics:
@@ -62,3 +63,8 @@ class WholeModelOutputs:
         full = own.new_zeros(self._num_layers, *own.shape[1:])
         full[self._places] = own
         return full
+
+
+def _set_or_zero(whole: MoECausalLMOutput, name: str, outputs: MoECausalLMOutput) -> None:
+    value = getattr(outputs, name)
+    setattr(whole, name, torch.zeros((), device=outputs.loss.device) if value is None else value)

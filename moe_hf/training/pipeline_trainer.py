@@ -71,6 +71,7 @@ class PipelineTrainer(MoETrainer):
             batches,
             num_items_in_batch=num_items_in_batch,
             num_tokens_in_batch=self._num_tokens_in_batch,
+            label_smoothing=self.args.label_smoothing_factor,
             output_router_statistics=self._is_logged,
         )
         for batch, outputs in zip(batches, self.model.outputs, strict=True):

@@ -1,9 +1,11 @@
 """Arguments that concern the speed of training, beyond those that `TrainingArguments` has."""
 
+import json
 from dataclasses import dataclass, field
 
 from ..errors import ConfigError
 from .compiling import check_compilation
+from .liger import check_liger
 from .telemetry.profiler import parse_steps
 
 
@@ -18,6 +20,13 @@ class SpeedArguments:
             "output_dir/profile/rankN.json.gz."
         },
     )
+    liger_kernel_config: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "What --use_liger_kernel puts in, as JSON: rms_norm, swiglu, rope and fused_linear_cross_entropy, "
+            "each true or false; all by default."
+        },
+    )
 
     def check_speed_arguments(self) -> None:
         """Raise `ConfigError` with one sentence for a value that is wrong or does not work on this machine."""
@@ -27,5 +36,20 @@ class SpeedArguments:
                 raise ConfigError(
                     f"profile_steps={self.profile_steps} begins after the last step; max_steps is {self.max_steps}."
                 )
-        if self.torch_compile or self.torch_compile_backend is not None or self.torch_compile_mode is not None:
+        compiles = self.torch_compile or self.torch_compile_backend is not None or self.torch_compile_mode is not None
+        if compiles:
             check_compilation(self.torch_compile_backend, self.torch_compile_mode)
+        if isinstance(self.liger_kernel_config, str):
+            self.liger_kernel_config = _read_settings(self.liger_kernel_config)
+        if self.use_liger_kernel:
+            check_liger(self.liger_kernel_config, compiles=compiles)
+
+
+def _read_settings(written: str) -> dict:
+    try:
+        settings = json.loads(written)
+    except json.JSONDecodeError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"liger_kernel_config={written} must be JSON, like '{{\"rope\": false}}'.")
+    return settings

@@ -14,6 +14,7 @@ from ..parallel.processes import rank
 from ..parallel.tensor_parallel import clip_by_all_experts
 from .bias_update import RouterBiasUpdater
 from .compiling import FETCHED_WHOLE, compile_dense_parts
+from .liger import LigerKernels, use_liger_kernels
 from .measuring import MeasuringTrainer, num_unmasked
 from .nonfinite import NonFiniteGuard
 from .preemption import Preempted, SignalWatch, spare_workers
@@ -36,6 +37,11 @@ class MoETrainer(MeasuringTrainer):
 
     def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs)
+        # The model smooths labels itself, without having all logits at once.
+        self.label_smoother = None
+        if self.args.use_liger_kernel:
+            # Trainer's own patches, which come later, know nothing of these layers.
+            use_liger_kernels(self.model, LigerKernels(**self.args.liger_kernel_config or {}))
         if self.args.fp8:
             convert_to_float8(self.model, checkpointed=self.args.gradient_checkpointing)
         fetched_whole = FETCHED_WHOLE if self.args.torch_compile else ()
@@ -83,8 +89,12 @@ class MoETrainer(MeasuringTrainer):
         self.state.num_input_tokens_seen = before + seen // self._topology.tensor_parallel_size
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """As in `Trainer`, with the count of tokens handed to the model."""
-        inputs = {**inputs, "num_tokens_in_batch": self._num_tokens_in_batch}
+        """As in `Trainer`, with the count of tokens and the smoothing of labels handed to the model.
+
+        Training only: evaluation tells the cross-entropy of the labels, whose exponential is the perplexity.
+        """
+        smoothing = self.args.label_smoothing_factor
+        inputs = {**inputs, "num_tokens_in_batch": self._num_tokens_in_batch, "label_smoothing": smoothing}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         is_scaled = self.args.average_tokens_across_devices and num_items_in_batch is not None
         if is_scaled and not _KNOWS_AUTOTP:

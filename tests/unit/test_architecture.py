@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers.dynamic_module_utils import get_imports
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "moe_hf"
@@ -23,10 +24,14 @@ TRAVELLING = (
     "router_losses",
     "kept_choices",
     "language_head",
+    "linear_cross_entropy",
+    "liger_cross_entropy",
     "modeling_outputs",
     "modeling_moe",
 )
 THEIR_PACKAGES = {"torch", "transformers", "huggingface_hub"}
+# What they use where it is installed.
+THEIR_OPTIONAL_PACKAGES = {"liger_kernel"}
 
 # The face of the package shows the model; `python -m moe_hf` is the command line.
 NOT_IN_THE_TABLE = {"moe_hf/__init__.py": 3, "moe_hf/__main__.py": 6}
@@ -141,14 +146,20 @@ def test_no_two_rooms_import_each_other():
 @pytest.mark.parametrize("name", TRAVELLING)
 def test_travelling_files_need_nothing_but_each_other(name):
     tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+    tried = {node for one in ast.walk(tree) if isinstance(one, ast.Try) for node in ast.walk(one)}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             # The hub's loader understands `from .name import …` only.
             assert node.level == 1 and node.module in TRAVELLING, ast.unparse(node)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            allowed = THEIR_PACKAGES | sys.stdlib_module_names
+            allowed = THEIR_PACKAGES | sys.stdlib_module_names | (THEIR_OPTIONAL_PACKAGES if node in tried else set())
             assert {module.partition(".")[0] for module in modules} <= allowed, ast.unparse(node)
+
+
+@pytest.mark.parametrize("name", TRAVELLING)
+def test_the_hubs_loader_asks_for_no_optional_package(name):
+    assert not THEIR_OPTIONAL_PACKAGES & set(get_imports(PACKAGE / f"{name}.py"))
 
 
 def test_plain_values_do_not_know_torch():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from helpers_model import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import moe_hf.language_head
+import moe_hf.linear_cross_entropy
 from moe_hf.language_head import LanguageHead
 
 TOKENS, HIDDEN, VOCAB = 37, 16, 50
@@ -14,7 +14,7 @@ TOKENS, HIDDEN, VOCAB = 37, 16, 50
 
 @pytest.fixture(params=[1, 5, 37, 1000])
 def tokens_at_once(request, monkeypatch) -> int:
-    monkeypatch.setattr(moe_hf.language_head, "_MAX_LOGITS", request.param * VOCAB)
+    monkeypatch.setattr(moe_hf.linear_cross_entropy, "_MAX_LOGITS", request.param * VOCAB)
     return request.param
 
 
@@ -117,7 +117,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch):
     vocab = 4000
-    monkeypatch.setattr(moe_hf.language_head, "_MAX_LOGITS", 16 * vocab)
+    monkeypatch.setattr(moe_hf.linear_cross_entropy, "_MAX_LOGITS", 16 * vocab)
     largest = {}
     for skips in (True, False):
         for length in (64, 256):
@@ -147,6 +147,50 @@ def test_model_without_logits_has_the_same_loss_and_gradients(num_items):
     assert output.ce_loss.item() == pytest.approx(plain.ce_loss.item(), rel=1e-6)
     for name, gradient in gradients.items():
         assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("num_items", [None, 23, torch.tensor(23)])
+@pytest.mark.parametrize("terms", [{"label_smoothing": 0.2}, {"output_z_loss_coef": 0.03}, {}], ids=str)
+def test_smoothed_labels_and_z_loss_with_and_without_logits(num_items, terms):
+    """Against the sum over tokens in float64; the router losses come on top of both alike."""
+    torch.manual_seed(0)
+    terms = terms or {"label_smoothing": 0.2, "output_z_loss_coef": 0.03}
+    smoothing, coef = terms.get("label_smoothing", 0.0), terms.get("output_z_loss_coef", 0.0)
+    ids = torch.randint(64, (3, 12))
+    labels = ids.masked_fill(torch.rand(ids.shape) < 0.2, -100)
+    results = []
+    for skips in (False, True):
+        model = tiny_model(vocab_size=64, output_z_loss_coef=coef).train()
+        settings = {"num_items_in_batch": num_items, "label_smoothing": smoothing, "num_tokens_in_batch": 36.0}
+        output = model(ids, labels=labels, skip_logits=skips, **settings)
+        output.loss.backward()
+        results.append((output, {name: param.grad for name, param in model.named_parameters()}))
+    (plain, expected), (output, gradients) = results
+    logits, targets = plain.logits[:, :-1].flatten(0, 1).double(), labels[:, 1:].flatten()
+    ce = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="sum") / (num_items or 1)
+    z_loss = logits.logsumexp(-1)[targets != -100].square().sum() / (num_items or 1)
+    if num_items is None:
+        ce, z_loss = (value / (targets != -100).sum() for value in (ce, z_loss))
+    router = 0.01 * plain.aux_loss + 0.001 * plain.z_loss
+    for result in (plain, output):
+        assert result.ce_loss.item() == pytest.approx(ce.item(), rel=1e-6)
+        assert result.loss.item() == pytest.approx((ce + coef * z_loss + router).item(), rel=1e-6)
+        if coef:
+            assert result.output_z_loss.item() == pytest.approx(z_loss.item(), rel=1e-6)
+        else:
+            assert result.output_z_loss is None
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
+def test_without_gradients_sequences_have_their_cross_entropies_and_the_loss_has_its_z_loss():
+    model, ids = tiny_model(output_z_loss_coef=0.1), torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    with torch.no_grad():
+        plain, output = (model(ids, labels=ids, skip_logits=skips) for skips in (False, True))
+    for name in ("loss", "ce_loss", "output_z_loss"):
+        assert getattr(output, name).item() == pytest.approx(getattr(plain, name).item(), rel=1e-6)
+    by_sequence = F.cross_entropy(plain.logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").sum(dim=1)
+    torch.testing.assert_close(output.sequence_ce_losses, by_sequence)
 
 
 def test_without_labels_there_is_nothing_to_skip_logits_for():

@@ -70,12 +70,12 @@ def test_loss_is_cross_entropy_plus_weighted_router_losses(training, left):
 
 def test_loss_gradient_is_the_weighted_sum_of_its_parts():
     parts = {}
-    for name in ("ce_loss", "aux_loss", "z_loss", "loss"):
-        model = tiny_model(**COEFFICIENTS).train()
-        model(**padded_batch())[name].backward()
+    for name in ("ce_loss", "output_z_loss", "aux_loss", "z_loss", "loss"):
+        model = tiny_model(**COEFFICIENTS, output_z_loss_coef=0.125).train()
+        model(**padded_batch(), label_smoothing=0.1)[name].backward()
         parts[name] = gradients(model)
     for name, gradient in parts["loss"].items():
-        terms = [(1.0, "ce_loss"), (0.5, "aux_loss"), (0.25, "z_loss")]
+        terms = [(1.0, "ce_loss"), (0.125, "output_z_loss"), (0.5, "aux_loss"), (0.25, "z_loss")]
         expected = sum(c * parts[term][name] for c, term in terms if parts[term][name] is not None)
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6, msg=name)
     gate = "model.layers.0.mlp.gate.weight"

@@ -15,6 +15,7 @@ _NO_PART_OF_IT = {
     "hidden_dropout",
     "use_cache",
     "output_router_logits",
+    "output_z_loss_coef",
     "router_aux_loss_coef",
     "router_aux_loss_scope",
     "router_z_loss_coef",

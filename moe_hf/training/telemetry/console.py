@@ -69,6 +69,7 @@ _EVALUATION = {"eval_loss": "eval loss {:.4f}", "eval_perplexity": "perplexity {
 _TRAINING = {
     "loss": "loss {:.4f}",
     "ce_loss": "ce {:.4f}",
+    "output_z_loss": "output z {:.3f}",
     "aux_loss": "aux {:.3f}",
     "z_loss": "z {:.3f}",
     "max_vio": "MaxVio {:.2f}",

@@ -58,6 +58,7 @@ class TrainingStatistics:
         num_layers, num_experts = len(self._names), config.num_experts if self._names else 0
         self._shapes = {
             "ce_loss": (),
+            "output_z_loss": (),
             "aux_loss": (num_layers,),
             "z_loss": (num_layers,),
             "tokens": (),
@@ -88,6 +89,8 @@ class TrainingStatistics:
     def add_micro_batch(self, outputs: MoECausalLMOutput, num_tokens: torch.Tensor) -> None:
         """Add one micro-batch of this rank, of so many unmasked tokens."""
         self._add("ce_loss", outputs.ce_loss.float())
+        if outputs.output_z_loss is not None:
+            self._add("output_z_loss", outputs.output_z_loss.float())
         if outputs.layer_aux_losses is not None:
             self._add("aux_loss", outputs.layer_aux_losses.float())
             self._add("z_loss", outputs.layer_z_losses.float())
@@ -173,7 +176,7 @@ class TrainingStatistics:
 
     def _losses(self, totals: dict[str, np.ndarray]) -> dict[str, float]:
         divisor = self._num_steps * (1 if self._shares_are_sums else self._num_counts)
-        logs = {"ce_loss": float(totals["ce_loss"]) / divisor}
+        logs = {name: float(totals[name]) / divisor for name in ("ce_loss", "output_z_loss") if name in self._sums}
         if "aux_loss" in self._sums:
             parts = {name: totals[name] / divisor for name in ("aux_loss", "z_loss")}
             logs |= {name: float(values.sum()) for name, values in parts.items()}

@@ -14,7 +14,8 @@ from moe_hf.parallel.pipeline_stage import PipelineStage, fill_randomly
 LAYOUT = PipelineLayout((0, 2, 4), data_parallel_size=1)
 DENSE_FIRST = PipelineLayout((0, 1, 4), data_parallel_size=1)
 LOSS_FREE = {"router_balancing": "loss_free", "scoring_func": "sigmoid", "shared_expert_gate": False}
-KINDS = [{}, {"tie_word_embeddings": True}, LOSS_FREE, {"attention_bias": True, "attention_gate": "headwise"}]
+GATED = {"attention_bias": True, "attention_gate": "headwise"}
+KINDS = [{"output_z_loss_coef": 0.03}, {"tie_word_embeddings": True}, LOSS_FREE, GATED]
 OPTIONS = {"num_items_in_batch": 25.0, "num_tokens_in_batch": 40.0, "output_router_statistics": True}
 
 
@@ -38,9 +39,10 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def run(made: list[PipelineStage], batch: dict) -> list:
-    first = made[0].run(batch, batch["input_ids"], **OPTIONS)
-    return [first, made[1].run(batch, _AddLoss.apply(first.logits, first.loss), **OPTIONS)]
+def run(made: list[PipelineStage], batch: dict, **options) -> list:
+    options |= OPTIONS
+    first = made[0].run(batch, batch["input_ids"], **options)
+    return [first, made[1].run(batch, _AddLoss.apply(first.logits, first.loss), **options)]
 
 
 @pytest.mark.parametrize("changes", KINDS)
@@ -70,14 +72,16 @@ def test_stages_hold_every_tensor_once(changes):
 def test_losses_and_gradients_are_those_of_the_whole_model(changes, batch):
     model = whole_model(**changes).train()
     made = [stage.train() for stage in stages(model)]
-    expected = model(**batch, skip_logits=True, **OPTIONS)
+    expected = model(**batch, skip_logits=True, **OPTIONS, label_smoothing=0.1)
     expected.loss.backward()
-    first, last = run(made, batch)
+    first, last = run(made, batch, label_smoothing=0.1)
     last.loss.backward()
 
     torch.testing.assert_close(first.loss + last.loss, expected.loss)
     torch.testing.assert_close(last.ce_loss, expected.ce_loss)
-    assert first.ce_loss == 0
+    assert first.ce_loss == 0 and first.output_z_loss is None
+    if expected.output_z_loss is not None:
+        torch.testing.assert_close(last.output_z_loss, expected.output_z_loss)
     own = {name: parameter.grad for stage in made for name, parameter in stage.named_parameters()}
     for name, parameter in model.named_parameters():
         gradient = own[name]

@@ -8,7 +8,7 @@ from deepspeed.module_inject.auto_ep import AutoEP
 from deepspeed.module_inject.auto_ep_config import parse_autoep_config
 from torch.profiler import ProfilerActivity, profile
 
-from moe_hf import MoEConfig, MoEForCausalLM, language_head
+from moe_hf import MoEConfig, MoEForCausalLM, linear_cross_entropy
 from moe_hf.parallel import autoep
 from moe_hf.parallel.zero_settings import zero_settings
 from moe_hf.planning import activations
@@ -127,7 +127,7 @@ def test_head_never_holds_all_logits():
     amounts = {a.name: a.bytes for a in activation_amounts(config, setting(micro_batch=64))}
     logits = 2 * 64 * TOKENS * config.vocab_size
     assert "the head" in amounts and sum(amounts.values()) < logits
-    assert activations.MAX_LOGITS == language_head._MAX_LOGITS
+    assert activations.MAX_LOGITS == linear_cross_entropy._MAX_LOGITS
     # The gradient of the head's weight is kept from the forward pass on, in FP32.
     assert amounts["saved by the head"] > 4 * config.vocab_size * config.hidden_size
 

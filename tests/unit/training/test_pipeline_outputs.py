@@ -63,6 +63,13 @@ def test_sequences_have_a_cross_entropy_in_evaluation_on_every_stage():
     assert result.sequence_ce_losses.tolist() == [0.0, 0.0]
 
 
+def test_z_loss_of_the_predictions_is_told_on_every_stage_if_there_is_one():
+    for coef, told, expected in ((0.1, None, 0.0), (0.1, torch.tensor(5.0), 5.0), (0.0, None, None)):
+        whole = WholeModelOutputs(small_config(output_z_loss_coef=coef), range(0, 2))
+        result = whole.of(outputs_of(1, 1.0, output_z_loss=told), 2, statistics=False, training=True)
+        assert result.output_z_loss == expected
+
+
 def test_values_by_layer_are_spread():
     whole = WholeModelOutputs(small_config(num_hidden_layers=6, decoder_sparse_step=2), range(2, 4))
     assert whole.by_layer(torch.tensor([[1.0, 2.0]])).tolist() == [[0.0, 0.0], [1.0, 2.0], [0.0, 0.0]]

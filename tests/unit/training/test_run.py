@@ -11,9 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import liger_twin
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 import wandb
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
@@ -24,7 +26,7 @@ from moe_hf import MoEForCausalLM, cli
 from moe_hf.checkpoint.manifest import Progress, is_whole, read_manifest
 from moe_hf.errors import CheckpointError, ConfigError
 from moe_hf.parallel.failure import FailureRelay
-from moe_hf.training import run, saving
+from moe_hf.training import run, saving, speed_arguments
 from moe_hf.training.preemption import Preempted
 from moe_hf.training.run import build_trainer, execute, train_and_export
 from moe_hf.training.telemetry import throughput
@@ -42,6 +44,8 @@ EXPORTED = {
     "router_selection.py",
     "kept_choices.py",
     "language_head.py",
+    "liger_cross_entropy.py",
+    "linear_cross_entropy.py",
     "modeling_outputs.py",
     "routing.py",
     "tokenizer.json",
@@ -225,6 +229,38 @@ def test_metrics_file_holds_every_log_entry(lab, evaluated):
             assert sum(layers) == pytest.approx(line[name])
         assert line["tokens_per_second"] > 0 and line["skipped_steps"] == 0
     assert [line["eval_loss"] for line in lines if "eval_loss" in line] == [evaluated["eval_loss"]]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_smoothed_labels_train_and_plain_ones_are_evaluated(lab, rows, accumulation):
+    """The first step's loss is that of the formula over the whole batch; perplexity is of the labels alone."""
+    name, coef = f"smoothed{accumulation}", 0.01
+    evaluation = {"do_eval": True, "validation_file": lab.folder / "evaluation.jsonl", "per_device_eval_batch_size": 2}
+    smoothed = {"label_smoothing_factor": 0.2, "config_overrides": f"output_z_loss_coef={coef}"}
+    metrics = lab.train(name, accumulation=accumulation, max_steps=1, **smoothed, **evaluation)
+    (step,) = lab.steps(name)
+    model = MoEForCausalLM.from_pretrained(lab.folder / "model").eval()
+    ce, z_loss, count = 0.0, 0.0, 0
+    for row in rows[: accumulation * GLOBAL_MICRO_BATCH]:
+        logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1].double()
+        targets = torch.tensor(row["labels"][1:])
+        ce += F.cross_entropy(logits, targets, label_smoothing=0.2, reduction="sum").item()
+        z_loss += logits.logsumexp(-1)[targets != -100].square().sum().item()
+        count += (targets != -100).sum().item()
+    assert step["ce_loss"] == pytest.approx(ce / count, rel=1e-5)
+    assert step["output_z_loss"] == pytest.approx(z_loss / count, rel=1e-5)
+    parts = step["ce_loss"] + coef * step["output_z_loss"] + 0.05 * step["aux_loss"] + 0.02 * step["z_loss"]
+    assert parts == pytest.approx(step["loss"], rel=1e-5)
+
+    trained = MoEForCausalLM.from_pretrained(lab.folder / name / "hf").eval()
+    assert trained.config.output_z_loss_coef == coef
+    total, count = 0.0, 0
+    for row in make_rows(7):
+        targets = torch.tensor(row["labels"][1:])
+        logits = trained(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        total += F.cross_entropy(logits, targets, reduction="sum").item()
+        count += (targets != -100).sum().item()
+    assert metrics["eval_loss"] == pytest.approx(total / count, rel=1e-5)
 
 
 def test_floating_point_operations_count_active_parameters(lab, evaluated, rows):
@@ -695,7 +731,23 @@ def test_resuming_may_be_said_in_a_file(lab, evaluated, tmp_path):
     assert [entry["step"] for entry in lab.steps("continued")] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("flag", [{"label_smoothing_factor": 0.1}, {"eval_do_concat_batches": False}])
+def test_ligers_kernels_train_alike(lab, evaluated, monkeypatch):
+    """All but the rotation, as the command line says; a twin of Liger stands in for a GPU."""
+    liger_twin.install(monkeypatch, **liger_twin.ELEMENTWISE)
+    asked = []
+    monkeypatch.setattr(speed_arguments, "check_liger", lambda settings, compiles: asked.append(settings))
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", lambda model, settings: None)
+    used = []
+    monkeypatch.setattr(liger_twin.LigerRopeFunction, "apply", lambda *args: pytest.fail("rotated"))
+    for kind in (liger_twin.LigerRMSNormFunction, liger_twin.LigerSiLUMulFunction):
+        monkeypatch.setattr(kind, "apply", lambda *args, kind=kind, run=kind.apply: (used.append(kind), run(*args))[1])
+    lab.train("liger", use_liger_kernel=True, liger_kernel_config='{"rope": false}', save_strategy="no")
+    assert asked == [{"rope": False}] and len(set(used)) == 2
+    losses = [[entry["loss"] for entry in lab.steps(name)] for name in ("liger", "evaluated")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("flag", [{"label_smoothing_factor": 1.0}, {"eval_do_concat_batches": False}])
 def test_flags_that_the_losses_cannot_follow_are_refused(lab, flag):
     evaluation = {"do_eval": True, "validation_file": lab.folder / "evaluation.jsonl", "per_device_eval_batch_size": 2}
     with pytest.raises(ConfigError, match=next(iter(flag))):

@@ -41,6 +41,14 @@ ONE = torch.tensor(1)
 # Losses
 
 
+def test_z_loss_of_the_predictions_is_told_where_there_is_one():
+    statistics = statistics_of()
+    for share in (1.0, 2.0):
+        statistics.add_micro_batch(micro_batch(0.0, output_z_loss=torch.tensor(share), **EVEN), ONE)
+    statistics.add_step(torch.tensor(1))
+    assert statistics.pop(0.0)["output_z_loss"] == 3.0
+
+
 def test_shares_of_micro_batches_add_up_and_steps_are_averaged():
     statistics = statistics_of()
     for step in range(2):
