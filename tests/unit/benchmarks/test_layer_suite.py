@@ -220,8 +220,8 @@ class Broken(LayerPeer):
     ],
 )
 def test_a_peer_that_fails_is_reported_and_not_timed(where, status, reason):
-    rows = run_layers([CASE], [Broken(where), Block("mixtral", "eager")], "cpu", num_rounds=1)
-    broken, eager, matmul = rows
+    peers = [Broken(where), Block("mixtral", "eager")]
+    broken, eager, matmul = run_layers([CASE], peers, "cpu", num_rounds=1)
     assert broken.status == status and (broken.reason or "").startswith(reason or "")
     assert ("forward_backward_ms" in broken.values) == (status == MEASURED)
     assert eager.status == MEASURED and eager.values["forward_backward_ms"] > eager.values["forward_ms"] > 0
@@ -261,11 +261,8 @@ def test_ours_is_always_beside_the_chosen():
     assert len(choose(layer_peers(), None)) == len(layer_peers())
 
 
-def test_autoep_equals_the_reference(prepared):
+def test_autoep_equals_the_reference(prepared, alone):
     inputs, expected = prepared
     peer = next(peer for peer in layer_peers() if peer.name == "autoep")
     layer = peer.build(CASE, inputs.weights)
-    try:
-        assert max(check_layer(layer, CASE, inputs, expected).values()) <= 1e-5
-    finally:
-        torch.distributed.destroy_process_group()
+    assert max(check_layer(layer, CASE, inputs, expected).values()) <= 1e-5
