@@ -97,15 +97,14 @@ def engine_cases(ranks: Iterable[int] = (2, 4)) -> list[EngineCase]:
     ]
 
 
-def run_engines(cases: list[EngineCase], suites: set[str]) -> list[Row]:
-    """Train every case for three steps, and return what was measured beside what the formulas say.
+def run_engines(cases: list[EngineCase], suites: set[str]) -> Iterator[Row]:
+    """Train every case for three steps, and yield what was measured beside what the formulas say.
 
     Args:
         cases: the runs.
         suites: `"memory"`, `"comm"` or both.
     """
     config = MoEConfig(**_MODEL)
-    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         _write_inputs(Path(folder), config)
         for ranks in dict.fromkeys(case.ranks for case in cases):
@@ -114,9 +113,10 @@ def run_engines(cases: list[EngineCase], suites: set[str]) -> list[Row]:
             launch(ranks, [_command(case, Path(folder)) for case in together], Path(folder))
             for case in together:
                 found = [json.loads((Path(folder) / case.name / f"rank_{r}.json").read_text()) for r in range(ranks)]
-                rows += _memory_rows(case, config, found) if "memory" in suites else ()
-                rows += _comm_rows(case, config, found) if "comm" in suites else ()
-    return rows
+                if "memory" in suites:
+                    yield from _memory_rows(case, config, found)
+                if "comm" in suites:
+                    yield from _comm_rows(case, config, found)
 
 
 def launch(ranks: int, cases: list[dict], folder: Path) -> None:

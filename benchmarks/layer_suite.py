@@ -1,7 +1,7 @@
 """The suite `layer`: one sparse block, forward and backward."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -26,8 +26,8 @@ def run_layers(
     device: str,
     num_rounds: int,
     watch: Watch | None = None,
-) -> list[Row]:
-    """Check, count and time every peer in every case.
+) -> Iterator[Row]:
+    """Check, count and time every peer in every case; yield the rows of a case when it is done.
 
     Args:
         cases: the layers.
@@ -36,11 +36,9 @@ def run_layers(
         num_rounds: of timing; 0 to check and count only.
         watch: looks after the machine while times are taken.
     """
-    rows = []
     for case in cases:
         print(f"layer {case.name} {case.dtype} {case.routing}", file=sys.stderr, flush=True)
-        rows += _run_case(case, peers, device, num_rounds, watch)
-    return rows
+        yield from _run_case(case, peers, device, num_rounds, watch)
 
 
 def _run_case(case: LayerCase, peers: list[LayerPeer], device: str, num_rounds: int, watch) -> list[Row]:

@@ -4,12 +4,14 @@
     python -m benchmarks.run --suite layer --config e64 --peers mixtral/eager,mixtral/grouped_mm
     python -m benchmarks.run --suite memory,comm --output results.json
 
-Ends with one Markdown table on standard output; everything else goes to standard error.
+Ends with one Markdown table on standard output; everything else goes to standard error. SIGINT and SIGTERM end it
+early, with what is done so far.
 """
 
 import argparse
 import json
 import os
+import signal
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -64,25 +66,40 @@ def _measure(arguments: argparse.Namespace, argv: list[str]) -> None:
     logging.set_verbosity_error()
 
     from .report import FLOPS_NOTE, markdown_table
-    from .results import as_json
     from .suites import run_suites
+    from .watching import LoadWatch
 
-    rows, usable = run_suites(arguments, device)
+    watch, rows, finished = LoadWatch(arguments.allow_busy), [], False
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        rows.extend(run_suites(arguments, device, watch))
+        finished = True
+    except KeyboardInterrupt:
+        print("Stopped: what is done so far is reported.", file=sys.stderr)
     if arguments.output is not None:
-        written = {
-            "machine": machine.describe_machine(device),
-            "versions": machine.versions(),
-            "date": datetime.now(timezone.utc).date().isoformat(),
-            "usable": usable,
-            "rounds": arguments.rounds,
-            "flops": FLOPS_NOTE,
-            "rows": list(as_json(rows)),
-        }
+        written = _results(arguments, device, rows) | {"usable": not watch.disturbed, "finished": finished}
         arguments.output.write_text(json.dumps(written, indent=1) + "\n")
-    if not usable:
+    if watch.disturbed:
         print("**Not usable: other processes ran at the same time.**\n", file=table)
     note = f"\n{FLOPS_NOTE}\n" if any("tflops" in row.values for row in rows) else ""
     print(f"{markdown_table(rows)}\n{note}", end="", file=table, flush=True)
+    if not finished:
+        sys.exit(130)
+
+
+def _results(arguments: argparse.Namespace, device: str, rows: list) -> dict:
+    from . import machine
+    from .report import FLOPS_NOTE
+    from .results import as_json
+
+    return {
+        "machine": machine.describe_machine(device),
+        "versions": machine.versions(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "rounds": arguments.rounds,
+        "flops": FLOPS_NOTE,
+        "rows": list(as_json(rows)),
+    }
 
 
 def _names(text: str) -> list[str] | None:

@@ -55,8 +55,8 @@ def run_scaling(
     num_rounds: int,
     watch: Watch | None = None,
     factors: tuple[int, ...] = _FACTORS,
-) -> list[Row]:
-    """Return the slopes of every peer along every axis.
+) -> Iterator[Row]:
+    """Yield the slopes of every peer along every axis.
 
     Args:
         layer_peers: ours and others, for experts and tokens.
@@ -66,18 +66,16 @@ def run_scaling(
         watch: looks after the machine while times are taken.
         factors: by which the smallest size is multiplied.
     """
-    rows = []
     for axis, field in (("experts", "num_experts"), ("tokens", "tokens")):
         base = _LAYER[device]
         cases = [replace(base, **{field: factor * getattr(base, field)}) for factor in factors]
         sizes = [getattr(case, field) for case in cases]
-        rows += _along(axis, sizes, layer_peers, cases, _layer_points, device, num_rounds, watch)
+        yield from _along(axis, sizes, layer_peers, cases, _layer_points, device, num_rounds, watch)
     for axis, field in (("layers", "layers"), ("sequence length", "sequence_length")):
         base = _MODEL[device]
         cases = [replace(base, **{field: factor * getattr(base, field)}) for factor in factors]
         sizes = [getattr(case, field) for case in cases]
-        rows += _along(axis, sizes, model_peers, cases, _model_points, device, num_rounds, watch)
-    return rows
+        yield from _along(axis, sizes, model_peers, cases, _model_points, device, num_rounds, watch)
 
 
 def slope(sizes: list[float], values: list[float]) -> float:

@@ -2,7 +2,7 @@
 
 import gc
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
 
@@ -37,8 +37,8 @@ def run_steps(
     device: str,
     num_rounds: int,
     watch: Watch | None = None,
-) -> list[Row]:
-    """Check, count and time every peer in every case.
+) -> Iterator[Row]:
+    """Check, count and time every peer in every case; yield the rows of a case when it is done.
 
     Args:
         cases: the models.
@@ -47,15 +47,13 @@ def run_steps(
         num_rounds: of timing; 0 to check and count only.
         watch: looks after the machine while times are taken.
     """
-    rows = []
     for case in cases:
         peers = peers_of(case.family)
         if len(peers) < 2:
             continue  # only ours, beside nobody
         case = with_layers_that_fit(case, device)
         print(f"step {name_of(case)} {case.dtype}", file=sys.stderr, flush=True)
-        rows += _run_case(case, peers, device, num_rounds, watch)
-    return rows
+        yield from _run_case(case, peers, device, num_rounds, watch)
 
 
 def name_of(case: StepCase) -> str:
@@ -76,8 +74,13 @@ def with_layers_that_fit(case: StepCase, device: str) -> StepCase:
 def _run_case(case: StepCase, peers: list[ModelPeer], device: str, num_rounds: int, watch) -> list[Row]:
     tokens = make_tokens(case, device)
     weights = make_weights(case, device)
-    expected = Expected(case, weights, tokens)
     rows = {peer.name: Row(SUITE, name_of(case), peer.name, case.dtype) for peer in peers}
+    try:
+        expected = Expected(case, weights, tokens)
+    except torch.OutOfMemoryError as error:
+        for row in rows.values():
+            row.status, row.reason = FAILED, f"the reference did not fit: {str(error)[:100]}"
+        return list(rows.values())
     admitted = [peer for peer in peers if _admit(peer, case, weights, tokens, expected, rows[peer.name])]
     if num_rounds and admitted:
         for together in side_by_side(admitted, case, device):
@@ -120,14 +123,18 @@ class Expected:
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=ADAM_EPSILON, weight_decay=0.0)
         self.losses, self.gradients = [], {}
         for step in range(_CHECKED_STEPS):
-            loss = peer.loss(model, tokens)
-            loss.backward()
+            loss = 0.0
+            # Sequences one by one, all equally long: in float32 they would not fit side by side.
+            for sequence in tokens.split(1):
+                part = peer.loss(model, sequence) / len(tokens)
+                part.backward()
+                loss += float(part.detach())
             if step == 0:
                 self.gradients = {name: p.grad.to("cpu", copy=True) for name, p in model.named_parameters()}
             nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
             optimizer.step()
             optimizer.zero_grad()
-            self.losses.append(float(loss.detach()))
+            self.losses.append(loss)
 
 
 def _admit(peer: ModelPeer, case: StepCase, weights, tokens, expected: Expected, row: Row) -> bool:

@@ -1,7 +1,7 @@
 """The order of the suites."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -21,36 +21,35 @@ TIMED = {"layer", "step", "scaling"}
 """Suites whose results depend on what else runs."""
 
 
-def run_suites(arguments: argparse.Namespace, device: str) -> tuple[list[Row], bool]:
-    """Run what the arguments name; return the rows, and whether their times can be used.
+def run_suites(arguments: argparse.Namespace, device: str, watch: LoadWatch) -> Iterator[Row]:
+    """Run what the arguments name; yield rows as they are done.
+
+    Args:
+        arguments: of the command line.
+        device: `"cpu"` or `"cuda"`.
+        watch: looks after the machine while times are taken.
 
     Raises:
         UserError: a name that no suite knows, or a busy machine.
     """
-    suites = set(arguments.suite)
+    suites, names, num_rounds = set(arguments.suite), arguments.peers, arguments.rounds
     _check_known("--config", arguments.config, names_of_cases(device, suites))
-    _check_known("--peers", arguments.peers, _peer_names(suites))
+    _check_known("--peers", names, _peer_names(suites))
     if device == "cpu":
         torch.set_num_threads(1)
-    watch = LoadWatch(arguments.allow_busy)
     if TIMED & suites:
         watch.look()
-    rows: list[Row] = []
     if "layer" in suites:
-        peers = choose(layer_peers(), arguments.peers)
-        rows += run_layers(layer_cases(device, arguments.config), peers, device, arguments.rounds, watch)
+        cases = layer_cases(device, arguments.config)
+        yield from run_layers(cases, choose(layer_peers(), names), device, num_rounds, watch)
     if "step" in suites:
         cases = step_cases(device, arguments.config)
-        rows += run_steps(
-            cases, lambda family: choose(model_peers(family), arguments.peers), device, arguments.rounds, watch
-        )
+        yield from run_steps(cases, lambda f: choose(model_peers(f), names), device, num_rounds, watch)
     if engines := suites & {"memory", "comm"}:
-        rows += run_engines(engine_cases(), engines)
+        yield from run_engines(engine_cases(), engines)
     if "scaling" in suites:
-        names = arguments.peers or AUTO
-        layers, models = choose(layer_peers(), names), choose(model_peers("mixtral"), names)
-        rows += run_scaling(layers, models, device, arguments.rounds, watch)
-    return rows, not watch.disturbed
+        layers, models = (choose(peers, names or AUTO) for peers in (layer_peers(), model_peers("mixtral")))
+        yield from run_scaling(layers, models, device, num_rounds, watch)
 
 
 def _peer_names(suites: set[str]) -> list[str]:

@@ -222,6 +222,10 @@ def transformers_config(case: StepCase) -> PreTrainedConfig:
         "rope_parameters": ROPE,
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
+        # OLMoE's embedding of padding does not learn; no token is padding here.
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
     }
     if case.family == "mixtral":
         return MixtralConfig(intermediate_size=case.width, num_local_experts=case.num_experts, **common)

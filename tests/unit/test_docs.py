@@ -8,17 +8,24 @@ from dataclasses import fields
 import pytest
 from launching import ROOT
 
+from benchmarks.run import build_parser as build_benchmarks_parser
 from moe_hf.cli import COMMANDS
 from moe_hf.configuration_moe import MoEConfig
 from moe_hf.training.arguments import build_parser
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 PRESETS = {path.stem for path in (ROOT / "moe_hf" / "presets").glob("*.json")}
 FIELDS = {field.name for field in fields(MoEConfig)}
 ENDS_OF_COMMAND = {"|", "||", "&&", ";", "&", ">", ">>", "2>"}
 # Folders whose files are named by their path from the root, or from the package.
 FOLDERS = (
-    "moe_hf|scripts|docs|ds_configs|tests|parallel|training|data|checkpoint|commands|reporting|unit|distributed|fault"
+    "moe_hf|benchmarks|scripts|docs|ds_configs|tests|"
+    "parallel|training|data|checkpoint|commands|reporting|unit|distributed|fault"
 )
 PATH = re.compile(rf"(?<![\w/])(?:{FOLDERS})/[\w./-]+\.(?:py|sh|json|md|yaml|jinja)")
 
@@ -81,6 +88,8 @@ def test_command_lines_can_be_typed(page, training_flags, flags_of_commands):
         assert preset is None or preset in PRESETS or preset.endswith((".json", ".yaml")), words
         overrides = value_of(arguments, "--config_overrides") or ""
         assert {part.split("=")[0] for part in overrides.split(",") if "=" in part} <= FIELDS, words
+        arguments = arguments_after(words, lambda word: word == "benchmarks.run")
+        assert not unknown_flags(arguments, flags_of(build_benchmarks_parser())), words
         if command := arguments_after(words, lambda word: word.endswith("moe-hf")):
             assert command[0] in flags_of_commands or command[0].startswith("--"), words
             assert not unknown_flags(command[1:], flags_of_commands.get(command[0], set())), words
@@ -89,7 +98,7 @@ def test_command_lines_can_be_typed(page, training_flags, flags_of_commands):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_flags_in_the_text_exist(page, training_flags, flags_of_commands):
     prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    known = training_flags.union(*flags_of_commands.values())
+    known = training_flags.union(*flags_of_commands.values(), flags_of(build_benchmarks_parser()))
     for code in re.findall(r"`(--[^`]+)`", prose):
         assert not unknown_flags(code.split(), known), code
 

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Collect in wheels/ what a machine with a GPU but without a network lacks: DeepSpeed, Liger and what they need.
+#
+#   bash scripts/gpu_wheels.sh                  for Python 3.12 on x86-64 with torch, Transformers and Accelerate
+#   GPU_PYTHON=3.13 bash scripts/gpu_wheels.sh
+#
+# Run it where there is a network; then copy the folder beside setup.cfg of the other machine, and run gpu_check.sh there.
+# Versions are those of .venv, or of $PYTHON, where they are installed.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+target=${GPU_PYTHON:-3.12}
+python=${PYTHON:-python3}
+if [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
+most_mib=64
+
+# NAME==VERSION as installed here, NAME where it is not.
+pinned() {
+    "$python" - "$@" <<'PY'
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+for name in sys.argv[1:]:
+    try:
+        print(f"{name}=={version(name)}")
+    except PackageNotFoundError:
+        print(name)
+PY
+}
+
+rm -rf wheels
+mkdir wheels
+
+# There is only a source archive of it. Nothing is compiled, so that the wheel suits every Python.
+echo "Building DeepSpeed …"
+DS_BUILD_OPS=0 DS_ACCELERATOR=cpu "$python" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir wheels \
+    "$(pinned deepspeed)"
+for wheel in wheels/deepspeed-*.whl; do
+    # Built by this Python, it may be named after it.
+    [[ $wheel == *-py3-none-any.whl ]] || "$python" -m wheel tags --remove --python-tag py3 --abi-tag none \
+        --platform-tag any "$wheel"
+done
+
+echo "Downloading the others for Python $target …"
+platforms=()
+for glibc in 28 27 24 17; do platforms+=(--platform "manylinux_2_${glibc}_x86_64"); done
+mapfile -t packages < <(pinned hjson pydantic pydantic-core annotated-types typing-inspection typing-extensions \
+    datasets dill multiprocess)
+"$python" -m pip download --quiet --no-deps --only-binary=:all: --implementation cp --python-version "$target" \
+    "${platforms[@]}" --platform manylinux2014_x86_64 --dest wheels "${packages[@]}" liger-kernel
+
+mib=$(du --summarize --block-size=1M wheels | cut -f1)
+ls -1 wheels
+if [ "$mib" -gt "$most_mib" ]; then
+    echo "error: wheels/ has $mib MiB, more than the $most_mib that are to be carried along." >&2
+    exit 1
+fi
+echo "wheels/ has $mib MiB."

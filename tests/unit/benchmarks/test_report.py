@@ -1,0 +1,87 @@
+"""The command line, the table and the file of results."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from launching import ROOT, environment
+
+from benchmarks.machine import describe_machine, environment_of, versions
+from benchmarks.report import markdown_table
+from benchmarks.results import FAILED, UNAVAILABLE, Row, as_json
+from benchmarks.run import SUITES, build_parser
+from benchmarks.timing import Ratio
+
+ROWS = [
+    Row("layer", "e8", "ours", "fp32", "skewed", values={"forward_backward_ms": 10.0, "tokens_per_second": 30.0}),
+    Row(
+        "layer",
+        "e8",
+        "peer",
+        "fp32",
+        "skewed",
+        values={"forward_backward_ms": 20.0, "tokens_per_second": 10.0, "operators": 68, "max_error": 5e-7},
+        ratios={"forward_backward_ms": Ratio(2.1, 1.9, 2.4, 12)},
+    ),
+    Row("layer", "e8", "gone", "fp32", "skewed", UNAVAILABLE, "it is | not installed"),
+    Row("layer", "e64", "peer", "fp32", "skewed", FAILED, "RuntimeError: no\nkernel"),
+    Row("memory", "ZeRO 2: weights", "formula", values={"bytes": 105, "formula_bytes": 100, "over_formula": 1.05}),
+]
+
+
+def test_json_has_a_row_for_each_metric():
+    found = list(as_json(ROWS))
+    by = {(row["config"], row["peer_name"], row["metric"]): row for row in found}
+    time = by["e8", "peer", "forward_backward_ms"]
+    assert (time["ours"], time["peer"], time["ratio"]) == (10.0, 20.0, 2.1)
+    assert (time["lower"], time["upper"], time["rounds"]) == (1.9, 2.4, 12)
+    assert by["e8", "peer", "tokens_per_second"]["ratio"] == 3.0  # ours over the peer: more is better
+    assert by["e8", "peer", "max_error"]["ratio"] is None
+    assert by["e8", "peer", "operators"]["ours"] is None
+    assert by["e8", "gone", None]["status"] == UNAVAILABLE and by["e8", "gone", None]["ratio"] is None
+    assert by["ZeRO 2: weights", "formula", "bytes"]["ratio"] == 1.05
+    keys = {"suite", "config", "dtype", "metric", "ours", "peer", "peer_name", "ratio"}
+    assert all(keys <= set(row) for row in found)
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_table_shows_what_there_is():
+    lines = markdown_table(ROWS).splitlines()
+    assert len(lines) == 2 + len(ROWS) and len({line.replace("\\|", "").count("|") for line in lines}) == 1
+    titles = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    assert "step ms" not in titles and "slope of time" not in titles
+    peer = dict(zip(titles, (cell.strip() for cell in lines[3].strip("|").split("|")), strict=True))
+    assert peer["forward + backward ms"] == "20.00" and peer["ours is"] == "2.10× [1.90, 2.40]"
+    assert peer["operators"] == "68" and peer["largest relative error"] == "5.0e-07"
+    assert "unavailable: it is \\| not installed" in lines[4] and "failed: RuntimeError: no kernel" in lines[5]
+
+
+def test_names_on_the_command_line():
+    arguments = build_parser().parse_args(["--suite", "all", "--peers", "auto", "--config", "e8,e64"])
+    assert arguments.suite == SUITES and arguments.peers is None and arguments.config == ["e8", "e64"]
+
+
+@pytest.mark.parametrize("words", [["--suite", "lair"], ["--rounds", "0"], ["--peers", ","], ["--device", "tpu"]])
+def test_wrong_words_are_refused(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        build_parser().parse_args(words)
+    assert end.value.code == 2 and words[0] in capsys.readouterr().err
+
+
+def test_environment_is_told():
+    machine = describe_machine("cpu")
+    assert machine["environment"] == environment_of("cpu") and machine["environment"]["OMP_NUM_THREADS"] == "1"
+    assert machine["threads"] == 1 and machine["cores"] >= 1
+    assert {"python", "torch", "transformers", "deepspeed", "moe_hf"} <= set(versions())
+
+
+def run(*words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "benchmarks.run", "--device", "cpu", *words]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+
+
+def test_a_mistake_is_one_sentence():
+    done = run("--suite", "layer", "--peers", "mixtral/eagre")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.strip().splitlines()[-1].startswith("error: --peers mixtral/eagre is not known")

@@ -1,0 +1,144 @@
+"""Whole models: their gate, and the FLOPs of a step."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.cases import FAMILIES, StepCase, step_cases
+from benchmarks.engines import start
+from benchmarks.equality import Different
+from benchmarks.peers.models import OurModel, TransformersModel, model_peers, our_config, transformers_config
+from benchmarks.results import FAILED, MEASURED, UNAVAILABLE, Row
+from benchmarks.scaling_suite import run_scaling, slope
+from benchmarks.step_suite import (
+    Expected,
+    check_gradients,
+    check_losses,
+    make_tokens,
+    make_weights,
+    run_steps,
+    side_by_side,
+)
+from moe_hf.planning.flops import flops_per_token
+
+pytestmark = pytest.mark.usefixtures("alone")
+
+CASE = StepCase("small", 32, 8, 2, 24, 2, 4, 2, 96, batch=2, sequence_length=24)
+
+
+def prepare(case: StepCase):
+    tokens, weights = make_tokens(case, "cpu"), make_weights(case, "cpu")
+    return weights, tokens, Expected(case, weights, tokens)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_our_model_is_that_of_each_family(family):
+    case = replace(CASE, family=family)
+    weights, tokens, expected = prepare(case)
+    for peer in (OurModel("ours"), TransformersModel("peer", "grouped_mm")):
+        errors = check_gradients(peer, case, weights, tokens, expected, "cpu")
+        assert len(errors) == len(weights) and max(errors.values()) <= 1e-5
+
+
+class WithoutRouterGradient(TransformersModel):
+    """A model whose routers do not learn."""
+
+    def build(self, case):
+        model = super().build(case)
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.requires_grad_(False)
+        return model
+
+
+class TooLittle(TransformersModel):
+    """A model whose optimizer hardly moves it."""
+
+    def optimizer(self, model, **values):
+        return super().optimizer(model, **(values | {"learning_rate": 1e-5}))
+
+
+def test_gate_refuses_a_wrong_gradient_and_a_wrong_loss():
+    weights, tokens, expected = prepare(CASE)
+    with pytest.raises(Different, match=r"gradient of model\.layers\.0\.mlp\.gate\.weight inf"):
+        check_gradients(WithoutRouterGradient("peer", "eager"), CASE, weights, tokens, expected, "cpu")
+    training = start(TooLittle("peer", "eager"), CASE, weights, tokens)
+    # The learning rate is large for what this many parameters can learn in a step.
+    with pytest.raises(Different, match=r"loss of step 3 .* is above 1e-03"):
+        check_losses(training, expected.losses, 1e-3)
+    training.end()
+
+
+def test_losses_of_three_steps_are_those_of_plain_pytorch():
+    weights, tokens, expected = prepare(CASE)
+    assert expected.losses[2] < expected.losses[1] < expected.losses[0]
+    training = start(TransformersModel("peer", "grouped_mm"), CASE, weights, tokens)
+    assert max(check_losses(training, expected.losses, 1e-3).values()) > 0
+    training.end()
+
+
+def test_a_model_that_fails_is_reported_beside_the_others():
+    peers = [OurModel("ours"), WithoutRouterGradient("broken", "eager"), TransformersModel("absent", "none_such")]
+    ours, broken, absent, matmul = run_steps([CASE], lambda family: peers, "cpu", num_rounds=1)
+    assert (ours.status, broken.status, absent.status) == (MEASURED, FAILED, UNAVAILABLE)
+    assert set(ours.values) >= {"step_ms", "tokens_per_second", "tflops", "ceiling_share", "peak_bytes", "max_error"}
+    assert "step_ms" not in broken.values and matmul.values["ceiling_share"] == 1
+    flops = CASE.tokens * flops_per_token(our_config(CASE), CASE.sequence_length).total
+    assert ours.values["tflops"] == pytest.approx(flops / ours.values["step_ms"] / 1e9)
+
+
+def test_flops_of_a_token():
+    """Of matrices 6 for each parameter, experts only as far as they are visited, and the head; causal attention."""
+    attention = 32 * 8 * (4 + 2 + 2 + 4)
+    experts = 2 * 3 * 32 * 24 + 8 * 32
+    found = flops_per_token(our_config(CASE), CASE.sequence_length)
+    assert found.matmul == 6 * (2 * (attention + experts) + 96 * 32)
+    assert found.attention == 6 * 2 * (4 * 8) * 24
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_sizes_of_all_cases_are_those_of_the_models(device, family):
+    for case in (case for case in step_cases(device) if case.family == family):
+        with torch.device("meta"):
+            model = TransformersModel("peer", "eager").build(case)
+        count = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1)
+        assert case.parameters == count
+        assert transformers_config(case).num_experts_per_tok == case.top_k
+
+
+def test_large_models_are_measured_two_by_two(monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("", (), {"available": 0}))
+    peers = model_peers("mixtral")[:3]
+    assert [[p.name for p in pair] for pair in side_by_side(peers, CASE, "cpu")] == [
+        ["ours", "mixtral/moe_hf"],
+        ["ours", "mixtral/eager"],
+    ]
+
+
+def test_our_optimizer_is_a_row_only_where_it_is_another(monkeypatch):
+    peer = next(peer for peer in model_peers("mixtral") if peer.name.endswith("our_optimizer"))
+    assert "it is the default of TrainingArguments too" in peer.unavailable(CASE, "cpu")
+    monkeypatch.setattr(
+        "benchmarks.peers.models.TrainingArguments", lambda **values: type("", (), {"optim": "adamw_torch"})
+    )
+    assert peer.unavailable(CASE, "cpu") is None
+
+
+def test_slope_is_the_exponent():
+    assert slope([1, 2, 4, 8], [3, 6, 12, 24]) == pytest.approx(1)
+    assert slope([8, 16, 64], [5 * 8**0.5, 5 * 16**0.5, 5 * 64**0.5]) == pytest.approx(0.5)
+
+
+def test_scaling_runs_along_every_axis(monkeypatch):
+    from benchmarks import scaling_suite
+
+    layer = replace(scaling_suite._LAYER["cpu"], tokens=64, hidden_size=32, width=16)
+    monkeypatch.setitem(scaling_suite._LAYER, "cpu", layer)
+    monkeypatch.setitem(scaling_suite._MODEL, "cpu", replace(CASE, layers=1, dtype="fp32"))
+    models = [TransformersModel("eager", "eager"), TransformersModel("absent", "none_such")]
+    rows: list[Row] = list(run_scaling([], models, "cpu", num_rounds=1, factors=(1, 2, 4)))
+    assert [row.config for row in rows if row.peer == "eager"] == ["layers 1 to 4", "sequence length 24 to 96"]
+    assert {row.status for row in rows if row.peer == "absent"} == {UNAVAILABLE}
+    layers = next(row for row in rows if row.peer == "eager")
+    assert 0.5 < layers.values["held_slope"] < 1.1
