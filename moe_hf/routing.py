@@ -94,7 +94,8 @@ class MoERouter(nn.Module):
             DeepSpeed's expert-parallel layer unpacks from its router.
         """
         router_logits = self.compute_logits(hidden_states)
-        scores = self.compute_scores(router_logits)
+        # Where the weights are not made of the scores, these need no gradient.
+        scores = self.compute_scores(router_logits.detach() if self.config.topk_before_softmax else router_logits)
         top_k_index = self._choose(router_logits.detach(), scores.detach(), expert_bias)
         top_k_weights = self._weigh(router_logits, scores, top_k_index)
         dropped = self._drop(top_k_weights.detach(), top_k_index)

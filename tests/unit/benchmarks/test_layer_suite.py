@@ -179,11 +179,11 @@ def test_saved_bytes_of_grouped_mm(width, low, high):
 
 @pytest.mark.skipif(not KERNEL_IS_THERE, reason="this installation registers no experts of its own")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("experts, width", [(8, 256), (64, 64)])
-def test_our_block_saves_little_in_few_operators(experts, width, dtype):
+@pytest.mark.parametrize("experts", [8, 64])
+def test_our_block_saves_little_in_few_operators(experts, dtype):
     counts = []
     for number in (experts, 2 * experts):
-        case = LayerCase("bars", 512, 256, number, 2, width, dtype)
+        case = LayerCase("bars", 512, 256, number, 2, 256, dtype)
         layer, inputs = build(case, OUR_KERNEL, OURS)
         check_layer(layer, case, inputs, reference_results(case, inputs))
         counts.append(count_layer(layer, case, inputs))
