@@ -10,9 +10,6 @@ from .cases import DTYPES, TOLERANCES, LayerCase
 from .inputs import LayerInputs
 from .peers.base import Layer
 
-# Freed NaN that later allocations find: as many elements as the largest result has, several times.
-_POISONED_BYTES = 2**28
-
 
 class Different(Exception):
     """Results are not those of the reference; the message says which, by how much."""
@@ -60,7 +57,8 @@ def check_layer(
     Raises:
         Different: one of them is larger than the precision allows.
     """
-    poison(inputs.hidden_states.device, DTYPES[case.dtype])
+    dtype = DTYPES[case.dtype]
+    poison(inputs.hidden_states.device, dtype, case.rows * 2 * case.width * dtype.itemsize)
     errors = _errors(layer, inputs, expected)
     with filling_uninitialized_memory():
         again = _errors(layer, inputs, expected)
@@ -91,10 +89,16 @@ def _errors(layer: Layer, inputs: LayerInputs, expected: Mapping[str, torch.Tens
     return errors
 
 
-def poison(device: torch.device, dtype: torch.dtype) -> None:
-    """Leave NaN in freed memory, in blocks of many sizes, for whoever allocates next and reads before it writes."""
+def poison(device: torch.device, dtype: torch.dtype, most_bytes: int) -> None:
+    """Leave NaN in freed memory, in blocks of many sizes, for whoever allocates next and reads before it writes.
+
+    Args:
+        device: whose memory.
+        dtype: of what is computed.
+        most_bytes: of the largest thing that is.
+    """
     blocks = []
-    for bits in range(8, _POISONED_BYTES.bit_length()):
+    for bits in range(8, most_bytes.bit_length() + 1):
         blocks.append(torch.full((2**bits // dtype.itemsize,), float("nan"), dtype=dtype, device=device))
     del blocks
 

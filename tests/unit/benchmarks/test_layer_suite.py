@@ -109,7 +109,7 @@ def test_gate_refuses_every_wrong_result(fault, prepared):
 
 def test_poison_is_found_by_who_reads_before_writing():
     """Where the allocator hands out what was freed; of large blocks the system takes the pages back."""
-    poison(torch.device("cpu"), torch.float32)
+    poison(torch.device("cpu"), torch.float32, 2**20)
     assert any(torch.empty(2**bits // 4).isnan().any() for bits in range(9, 16))
 
 

@@ -1,17 +1,17 @@
 """The command line, the table and the file of results."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from launching import ROOT, environment
 
 from benchmarks.machine import describe_machine, environment_of, versions
 from benchmarks.report import markdown_table
 from benchmarks.results import FAILED, UNAVAILABLE, Row, as_json
-from benchmarks.run import SUITES, build_parser
+from benchmarks.run import SUITES, build_parser, main
+from benchmarks.suites import run_suites
 from benchmarks.timing import Ratio
+from benchmarks.watching import Busy, LoadWatch
+from moe_hf.errors import ConfigError
 
 ROWS = [
     Row("layer", "e8", "ours", "fp32", "skewed", values={"forward_backward_ms": 10.0, "tokens_per_second": 30.0}),
@@ -76,12 +76,26 @@ def test_environment_is_told():
     assert {"python", "torch", "transformers", "deepspeed", "moe_hf"} <= set(versions())
 
 
-def run(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "benchmarks.run", "--device", "cpu", *words]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--suite", "layer", "--peers", "mixtral/eagre"], "--peers mixtral/eagre is not known in these suites"),
+        (["--suite", "step", "--peers", "sonicmoe"], "--peers sonicmoe is not known in these suites"),
+        (["--suite", "step", "--config", "e8"], "--config e8 is not known in these suites; there are auto, e64."),
+    ],
+)
+def test_an_unknown_name_is_one_sentence(words, sentence):
+    arguments = build_parser().parse_args(words)
+    with pytest.raises(ConfigError, match=sentence.replace("/", r"\/")):
+        next(run_suites(arguments, "cpu", LoadWatch(allowed=True)))
 
 
-def test_a_mistake_is_one_sentence():
-    done = run("--suite", "layer", "--peers", "mixtral/eagre")
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.strip().splitlines()[-1].startswith("error: --peers mixtral/eagre is not known")
+def test_a_mistake_ends_with_exit_code_2(monkeypatch, capsys):
+    def refuse(*arguments):
+        raise Busy("Other processes use 9.0 of 2 cores.")
+
+    monkeypatch.setattr("benchmarks.run._measure", refuse)
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 2
+    assert capsys.readouterr() == ("", "error: Other processes use 9.0 of 2 cores.\n")

@@ -8,7 +8,14 @@ import torch
 from benchmarks.cases import FAMILIES, StepCase, step_cases
 from benchmarks.engines import start
 from benchmarks.equality import Different
-from benchmarks.peers.models import OurModel, TransformersModel, model_peers, our_config, transformers_config
+from benchmarks.peers.models import (
+    AutoEPModel,
+    OurModel,
+    TransformersModel,
+    model_peers,
+    our_config,
+    transformers_config,
+)
 from benchmarks.results import FAILED, MEASURED, UNAVAILABLE, Row
 from benchmarks.scaling_suite import run_scaling, slope
 from benchmarks.step_suite import (
@@ -75,6 +82,17 @@ def test_losses_of_three_steps_are_those_of_plain_pytorch():
     training = start(TransformersModel("peer", "grouped_mm"), CASE, weights, tokens)
     assert max(check_losses(training, expected.losses, 1e-3).values()) > 0
     training.end()
+
+
+def test_engines_have_the_same_settings_but_for_autoep(monkeypatch):
+    asked = []
+    monkeypatch.setattr("deepspeed.initialize", lambda model, optimizer, config: asked.append(config) or [None])
+    weights, tokens = make_weights(CASE, "cpu"), make_tokens(CASE, "cpu")
+    for peer in (OurModel("ours"), TransformersModel("peer", "eager"), AutoEPModel("autoep", combine_impl="x")):
+        start(peer, CASE, weights, tokens)
+    assert asked[0] == asked[1]
+    assert asked[2] == asked[0] | {"expert_parallel": {"enabled": True, "autoep_size": 1, "combine_impl": "x"}}
+    assert asked[0]["zero_optimization"] == {"stage": 1} and asked[0]["bf16"] == {"enabled": True}
 
 
 def test_a_model_that_fails_is_reported_beside_the_others():
