@@ -13,12 +13,11 @@ from benchmarks.equality import Different, check_layer, poison, reference_result
 from benchmarks.inputs import make_inputs
 from benchmarks.layer_suite import count_layer, matmul_of, run_layers
 from benchmarks.peers.base import Layer, LayerPeer
-from benchmarks.peers.blocks import OUR_KERNEL, Block, unregistered
+from benchmarks.peers.blocks import OUR_KERNEL, Block
 from benchmarks.peers.registry import OURS, choose, layer_peers
 from benchmarks.results import FAILED, MEASURED, UNAVAILABLE
 
 CASE = LayerCase("small", 128, 64, 8, 2, 48)
-KERNEL_IS_THERE = unregistered(OUR_KERNEL) is None
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +176,6 @@ def test_saved_bytes_of_grouped_mm(width, low, high):
     assert low < count_layer(layer, case, inputs)["saved_over_minimum"] < high
 
 
-@pytest.mark.skipif(not KERNEL_IS_THERE, reason="this installation registers no experts of its own")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("experts", [8, 64])
 def test_our_block_saves_little_in_few_operators(experts, dtype):
