@@ -67,6 +67,8 @@ class EngineCase:
         }
         if self.zero == 3:
             config["zero_optimization"] |= {"stage3_param_persistence_threshold": 1000}
+        else:  # as in ds_configs
+            config["zero_optimization"] |= {"use_multi_rank_bucket_allreduce": False}
         if self.ep is not None:
             config["expert_parallel"] = {"enabled": True, "autoep_size": self.ep}
         return config
