@@ -185,8 +185,8 @@ def _lines(name: str, plan) -> Iterator[str]:
     yield from _table("GB of a step, each rank", ("message", "sent", "ranks", "seconds"), _messages(plan))
     yield ""
     yield (
-        f"step        {time.seconds:.3g} s on {plan.hardware.name}, estimated: {time.computing:.3g} computing beside "
-        f"{time.beside:.3g} of messages, {time.waiting:.3g} waiting, {time.stepping:.2g} optimizer"
+        f"step        {time.seconds:.3g} s on {plan.hardware.name}, estimated: {time.computing:.2g} computing beside "
+        f"{time.beside:.3g} of messages, {time.waiting:.2g} waiting, {time.stepping:.2g} optimizer"
     )
     speed = time.tokens_per_second
     yield f"speed       {speed:,.0f} tokens/s, {speed / setting.world_size:,.0f} a GPU"

@@ -48,7 +48,7 @@ def test_done_is_said_with_address_and_commit(hub, exported, capsys):
     commit = hub.repos["org/model"].at("v1")
     assert capsys.readouterr().out.splitlines() == [
         "not part of the export, left out: optimizer.pt",
-        f"pushed 15 files to {hub.url}/org/model, commit {commit.oid}",
+        f"pushed 17 files to {hub.url}/org/model, commit {commit.oid}",
     ]
     assert commit.message == "First" and hub.repos["org/model"].private
     assert b"license: apache-2.0" in commit.files["README.md"] and "optimizer.pt" not in commit.files
@@ -105,7 +105,7 @@ def test_push_in_a_process_of_its_own(exported, tmp_path):
         done = run(WRITER)
         assert done.returncode == 0, done.stderr
         commit = hub.repos["org/model"].branches["main"]
-        assert f"pushed 15 files to {hub.url}/org/model, commit {commit}" in done.stdout
+        assert f"pushed 17 files to {hub.url}/org/model, commit {commit}" in done.stdout
         assert hub.requests["shard"] == 1 and not hub.requests["batch"]
         weights = (exported / "model.safetensors").read_bytes()
         assert visible(hub, "org/model")["model.safetensors"] == weights
