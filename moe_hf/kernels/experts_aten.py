@@ -1,8 +1,11 @@
 """The experts in ATen calls that write in place: what runs on a CPU, and what the Triton kernels are measured against.
 
-Rows are gathered expert by expert into a buffer that stays in the cache, never for the whole layer.
+Experts are worked through in blocks of neighbours with some hundred rows together, whose rows are gathered into buffers
+that stay in the cache: products are an expert's, everything else a block's, so that many small experts do not cost many
+small calls.
 
-Shape letters: T tokens, H hidden size, E experts, K experts per token, I expert width, N = T * K rows.
+Shape letters: T tokens, H hidden size, E experts, K experts per token, I expert width, N = T * K rows, B rows and e
+experts of a block.
 """
 
 from typing import NamedTuple
@@ -12,13 +15,24 @@ import torch.nn.functional as F
 
 from .expert_order import ExpertOrder
 
+# Rows of a block unless one expert has more: what lies between two products then fits into a core's second cache.
+_MAX_ROWS = 512
 
-class _Rows(NamedTuple):
-    """The rows of one expert."""
 
-    expert: int
+class _Block(NamedTuple):
+    """Neighbouring experts and their rows.
+
+    Attributes:
+        experts: which ones.
+        where: their rows.
+        tokens: `(B,)`, whose rows they are.
+        counts: the rows of each expert.
+    """
+
+    experts: slice
     where: slice
     tokens: torch.Tensor
+    counts: list[int]
 
 
 def sort_by_expert(top_k_index: torch.Tensor, num_experts: int) -> ExpertOrder:
@@ -55,19 +69,24 @@ def forward(
     width, num_rows = down.shape[2], len(order.rows)
     product = x.new_empty(num_rows if keeps_product else 0, 2 * width)
     outputs = x.new_empty(num_rows, x.shape[1])
-    experts = _rows_of_experts(order, len(x))
-    longest = max(len(rows.tokens) for rows in experts)
+    weights = None if top_k_weights is None else _by_row(top_k_weights, order)
+    blocks = _blocks(order, len(x))
+    longest = max(len(block.tokens) for block in blocks)
     inputs, activations = x.new_empty(longest, x.shape[1]), x.new_empty(longest, width)
     scratch = None if keeps_product else x.new_empty(longest, 2 * width)
-    for expert, where, tokens in experts:
-        count = len(tokens)
-        gathered = torch.index_select(x, 0, tokens, out=inputs[:count])
-        part = product[where] if keeps_product else scratch[:count]
-        _multiply(gathered, [weight[expert].t() for weight in gate_up], out=part)
-        gate, up = part.split(width, dim=1)
-        activated = torch.ops.aten.silu.out(gate, out=activations[:count]).mul_(up)
-        torch.mm(activated, down[expert].t(), out=outputs[where])
-    return sum_rows(outputs, top_k_weights, order, len(x)), product
+    for experts, where, tokens, counts in blocks:
+        size = len(tokens)
+        gathered = torch.index_select(x, 0, tokens, out=inputs[:size])
+        part = product[where] if keeps_product else scratch[:size]
+        for weight, of_weight in zip(gate_up, _parts(part, gate_up), strict=True):
+            _multiply_each(gathered, weight[experts].mT, counts, out=of_weight)
+        gate, up = part.chunk(2, dim=1)
+        activated = torch.ops.aten.silu.out(gate, out=activations[:size]).mul_(up)
+        if weights is not None:
+            # Here and not when a token's rows are summed: there are fewer columns, and the sum stays a plain one.
+            activated.mul_(weights[where])
+        _multiply_each(activated, down[experts].mT, counts, out=outputs[where])
+    return sum_rows(outputs, None, order, len(x)), product
 
 
 def backward(
@@ -92,20 +111,22 @@ def backward(
     row_sums = x.new_zeros(len(order.rows), 1, dtype=_float32_or_more(x)) if needs_weights else None
     grad_gate_up = [weight.new_empty(weight.shape) for weight in gate_up] if needs_gate_up else None
     grad_down = down.new_empty(down.shape) if needs_down else None
-    experts = _rows_of_experts(order, len(x))
-    longest = max(len(rows.tokens) for rows in experts)
+    blocks = _blocks(order, len(x))
+    longest = max(len(block.tokens) for block in blocks)
     grads, inputs = x.new_empty(longest, hidden), x.new_empty(longest, hidden)
     silus, activations, by_activation = (x.new_empty(longest, width) for _ in range(3))
     by_product = x.new_empty(longest, 2 * width)
     # An expert without rows too: the product of no rows writes zeros.
-    for expert, where, tokens in experts:
-        count = len(tokens)
-        gate, up = product[where].split(width, dim=1)
-        to_gate, to_up = by_product[:count].split(width, dim=1)
-        gathered = torch.index_select(grad, 0, tokens, out=grads[:count])
-        delta = torch.mm(gathered, down[expert], out=by_activation[:count])
-        silu = torch.ops.aten.silu.out(gate, out=silus[:count])
-        activated = torch.mul(silu, up, out=activations[:count])
+    for experts, where, tokens, counts in blocks:
+        size = len(tokens)
+        gate, up = product[where].chunk(2, dim=1)
+        by_part = by_product[:size]
+        to_gate, to_up = by_part.chunk(2, dim=1)
+        gathered = torch.index_select(grad, 0, tokens, out=grads[:size])
+        delta = by_activation[:size]
+        _multiply_each(gathered, down[experts], counts, out=delta)
+        silu = torch.ops.aten.silu.out(gate, out=silus[:size])
+        activated = torch.mul(silu, up, out=activations[:size])
         if needs_weights:
             torch.mul(delta, activated, out=to_gate)
             torch.sum(to_gate, dim=1, keepdim=True, dtype=row_sums.dtype, out=row_sums[where])
@@ -113,15 +134,17 @@ def backward(
             delta.mul_(weights[where])
             activated.mul_(weights[where])
         if needs_down:
-            torch.mm(gathered.t(), activated, out=grad_down[expert])
+            _multiply_transposed_each(gathered, activated, counts, out=grad_down[experts])
         torch.mul(delta, silu, out=to_up)
         torch.ops.aten.silu_backward.grad_input(delta.mul_(up), gate, grad_input=to_gate)
         if needs_gate_up:
-            seen = torch.index_select(x, 0, tokens, out=inputs[:count])
-            for part, out in zip(_parts(by_product[:count], gate_up), grad_gate_up, strict=True):
-                torch.mm(part.t(), seen, out=out[expert])
+            seen = torch.index_select(x, 0, tokens, out=inputs[:size])
+            for part, out in zip(_parts(by_part, gate_up), grad_gate_up, strict=True):
+                _multiply_transposed_each(part, seen, counts, out=out[experts])
         if needs_x:
-            _sum_products(_parts(by_product[:count], gate_up), [w[expert] for w in gate_up], out=x_rows[where])
+            x_rows_of_block = x_rows[where]
+            for index, (part, weight) in enumerate(zip(_parts(by_part, gate_up), gate_up, strict=True)):
+                _multiply_each(part, weight[experts], counts, out=x_rows_of_block, adds=index > 0)
     return (
         sum_rows(x_rows, None, order, len(x)) if needs_x else None,
         row_sums[order.places].view_as(top_k_weights).to(top_k_weights.dtype) if needs_weights else None,
@@ -162,12 +185,42 @@ def dot_rows(x: torch.Tensor, rows: torch.Tensor, order: ExpertOrder) -> torch.T
     return (rows * x.unsqueeze(1)).sum(dim=-1, dtype=_float32_or_more(x))
 
 
-def _rows_of_experts(order: ExpertOrder, num_tokens: int) -> list[_Rows]:
+def _blocks(order: ExpertOrder, num_tokens: int) -> list[_Block]:
+    """Cut the experts into blocks of at most `_MAX_ROWS` rows, or of one expert."""
     top_k = len(order.rows) // max(num_tokens, 1)
     tokens = order.rows // top_k if top_k > 1 else order.rows
     ends = order.ends.tolist()
-    borders = zip([0, *ends[:-1]], ends, strict=True)
-    return [_Rows(expert, slice(*border), tokens[slice(*border)]) for expert, border in enumerate(borders)]
+    counts = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    firsts, size = [0], 0
+    for expert, count in enumerate(counts):
+        if size + count > _MAX_ROWS and expert > firsts[-1]:
+            firsts.append(expert)
+            size = 0
+        size += count
+    blocks = []
+    for first, last in zip(firsts, [*firsts[1:], len(counts)], strict=True):
+        where = slice(ends[first] - counts[first], ends[last - 1])
+        blocks.append(_Block(slice(first, last), where, tokens[where], counts[first:last]))
+    return blocks
+
+
+def _multiply_each(
+    rows: torch.Tensor, weights: torch.Tensor, counts: list[int], *, out: torch.Tensor, adds: bool = False
+) -> None:
+    """Write the products of every expert's rows with its weight, `(B, n)` and `(e, n, m)` to `(B, m)`, or add them."""
+    each = zip(rows.split_with_sizes(counts), weights.unbind(), out.split_with_sizes(counts), strict=True)
+    for of_expert, weight, target in each:
+        if adds:
+            target.addmm_(of_expert, weight)
+        else:
+            torch.mm(of_expert, weight, out=target)
+
+
+def _multiply_transposed_each(left: torch.Tensor, right: torch.Tensor, counts: list[int], *, out: torch.Tensor) -> None:
+    """Write the products of an expert's transposed rows and its other rows, `(B, n)` and `(B, m)` to `(e, n, m)`."""
+    each = zip(left.split_with_sizes(counts), right.split_with_sizes(counts), out.unbind(), strict=True)
+    for rows, others, target in each:
+        torch.mm(rows.t(), others, out=target)
 
 
 def _float32_or_more(x: torch.Tensor) -> torch.dtype:
@@ -179,21 +232,6 @@ def _by_row(top_k_weights: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
     return top_k_weights.reshape(-1)[order.rows].unsqueeze(1)
 
 
-def _multiply(x: torch.Tensor, weights: list[torch.Tensor], *, out: torch.Tensor) -> None:
-    """Write the products of `x` with every weight side by side."""
-    if len(weights) == 1:
-        torch.mm(x, weights[0], out=out)
-        return
-    for weight, part in zip(weights, out.chunk(len(weights), dim=1), strict=True):
-        torch.mm(x, weight, out=part)
-
-
 def _parts(product: torch.Tensor, gate_up: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Cut columns as the weights are: all, or gate's and up's."""
     return product.chunk(len(gate_up), dim=1)
-
-
-def _sum_products(parts: tuple[torch.Tensor, ...], weights: list[torch.Tensor], *, out: torch.Tensor) -> None:
-    torch.mm(parts[0], weights[0], out=out)
-    for part, weight in zip(parts[1:], weights[1:], strict=True):
-        out.addmm_(part, weight)

@@ -147,6 +147,22 @@ def test_same_numbers_without_gradients_and_under_autocast():
     assert torch.equal(cast, run_experts(low[0], top_k_weights, order, [low[1]], low[2]))
 
 
+@pytest.mark.parametrize("max_rows", [1, 20, 50])
+@pytest.mark.parametrize("packed", [True, False])
+def test_same_numbers_in_blocks_of_any_size(monkeypatch, max_rows, packed):
+    torch.manual_seed(0)
+    index, (x, top_k_weights, gate_up, down) = routing("nobody's", 2), make_inputs(2)
+    order = sort_by_expert(index, E)
+
+    def run(rows: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(experts_aten, "_MAX_ROWS", rows)
+        output = run_experts(x, top_k_weights, order, [gate_up] if packed else list(gate_up.chunk(2, 1)), down)
+        return [output, *gradients(output, [x, top_k_weights, gate_up, down])]
+
+    at_once = run(len(order.rows))
+    assert all(torch.equal(one, other) for one, other in zip(run(max_rows), at_once, strict=True))
+
+
 def test_operators_keep_torchs_rules():
     torch.manual_seed(0)
     index, inputs = routing("unbalanced", 2), make_inputs(2)
