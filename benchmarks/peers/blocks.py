@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.sonicmoe import is_sonicmoe_loadable
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
@@ -17,6 +18,9 @@ from .base import Layer, LayerPeer, copy_into
 
 OUR_KERNEL = "moe_hf"
 """Name of our kernel in Transformers' registry of experts."""
+
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm", "sonicmoe")
+"""Transformers' own."""
 
 # `batched_mm` copies the weights of its experts for every token; with their gradients, sorted and summed, this often.
 _COPIES = 6
@@ -111,7 +115,12 @@ def layer_of(block: nn.Module, weights: dict[str, torch.Tensor]) -> Layer:
 
 
 def unregistered(implementation: str) -> str | None:
-    """Return why Transformers has no such implementation of experts, or `None`."""
+    """Return why Transformers has no such implementation of experts here, or `None`."""
+    if implementation == "sonicmoe":
+        try:
+            is_sonicmoe_loadable(raise_error=True)
+        except ImportError as error:
+            return str(error)
     if implementation == "eager" or implementation in ALL_EXPERTS_FUNCTIONS:
         return None
     return f"no experts implementation {implementation!r} is registered in Transformers"

@@ -27,7 +27,7 @@ from moe_hf.training.arguments import MoETrainingArguments
 from ..cases import StepCase
 from .autoep import BEST_OPTIONS, why_no_autoep
 from .base import needs_cuda_package
-from .blocks import OUR_KERNEL, too_large_for_batched_mm, unregistered
+from .blocks import IMPLEMENTATIONS, OUR_KERNEL, too_large_for_batched_mm, unregistered
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _CLASSES = {"mixtral": MixtralForCausalLM, "qwen3_moe": Qwen3MoeForCausalLM, "olmoe": OlmoeForCausalLM}
@@ -267,7 +267,7 @@ def model_peers(family: str) -> list[ModelPeer]:
     return [
         OurModel("ours"),
         # Our kernel in another's model.
-        *(TransformersModel(f"{family}/{name}", name) for name in (OUR_KERNEL, "eager", "grouped_mm", "batched_mm")),
+        *(TransformersModel(f"{family}/{name}", name) for name in (OUR_KERNEL, *IMPLEMENTATIONS)),
         OurOptimizer(f"{grouped}/our_optimizer", "grouped_mm"),
         TransformersModel(f"{grouped}/adamw_torch", "grouped_mm", optim="adamw_torch"),
         LigerModel(f"{family}/liger"),

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from .autoep import BEST_OPTIONS, AutoEPBlock
 from .base import LayerPeer
-from .blocks import OUR_KERNEL, Block
+from .blocks import IMPLEMENTATIONS, OUR_KERNEL, Block
 from .kernel_libraries import LigerBlock, MegaBlocksBlock, ScatterMoEBlock, SonicMoEBlock, TutelBlock
 
 OURS = "ours"
@@ -12,7 +12,6 @@ CEILING = "matmul"
 """Names of our row, and of one dense matrix product of the same FLOPs."""
 
 FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
-IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
 
 def layer_peers() -> list[LayerPeer]:

@@ -41,6 +41,7 @@ _INTEGRATION_POINTS = {
         "transformers.utils.output_capturing": ("OutputRecorder", "capture_outputs"),
         "transformers.integrations.deepspeed": ("HfTrainerDeepSpeedConfig", "is_deepspeed_zero3_enabled"),
         "transformers.integrations": ("use_experts_implementation",),
+        "transformers.integrations.sonicmoe": ("is_sonicmoe_loadable", "load_sonicmoe_kernel"),
         "transformers.integrations.moe": ("ALL_EXPERTS_FUNCTIONS", "_default_apply_gate"),
         "transformers.modeling_utils": (
             "PreTrainedModel._initialize_weights",

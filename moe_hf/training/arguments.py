@@ -49,8 +49,9 @@ class ModelArguments:
     experts_implementation: str | None = field(
         default=None,
         metadata={
-            "help": "moe_hf (our kernel, the default), grouped_mm, batched_mm, eager, …, for experts that AutoEP does "
-            "not run: those it does always run by our kernel."
+            "help": "moe_hf (our kernel), sonicmoe, grouped_mm, batched_mm, eager, …, for experts that AutoEP does not "
+            "run: those it does always run by our kernel. Default: sonicmoe with --bf16 on a Hopper GPU where "
+            "moe_hf[sonicmoe] is installed, else moe_hf."
         },
     )
 

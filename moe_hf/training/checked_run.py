@@ -29,6 +29,7 @@ from ..parallel.sequence_parallel import as_data_parallel, check_block_size, che
 from ..parallel.tensor_parallel_checks import check_tensor_parallel_model, check_tensor_parallel_run
 from ..parallel.versions import require_supported
 from .arguments import ModelArguments, construct, parse_arguments
+from .experts_kernel import choose_experts
 from .flash_attention import choose_attention
 from .hub_push import check_hub_arguments
 from .model_config import build_config, check_weights, local_model
@@ -81,6 +82,11 @@ def check_command_line(argv: list[str], description: str | None = None) -> Check
     in_16_bits = namespace.bf16 or namespace.fp16
     model_args.attn_implementation = choose_attention(model_args.attn_implementation, config, in_16_bits)
     deepspeed_json = _checked_deepspeed_json(namespace, config)
+    model_args.experts_implementation = choose_experts(
+        model_args.experts_implementation,
+        in_bfloat16=namespace.bf16,
+        in_autoep=deepspeed_json is not None and expert_parallel_size(deepspeed_json) > 0,
+    )
     topology = _topology(namespace, config, deepspeed_json)
     check_data_arguments(data_args)
     sizes = parallel_sizes(deepspeed_json)
