@@ -145,5 +145,5 @@ def step_cases(device: str, names: list[str] | None = None) -> list[StepCase]:
 
 def names_of_cases(device: str, suites: Iterable[str]) -> list[str]:
     """Return the names that the suites know on a device."""
-    known = {"layer": _LAYERS[device], "step": _STEPS[device]}
+    known = {"layer": _LAYERS[device], "step": _STEPS[device], "profile": (*_LAYERS[device], *_STEPS[device])}
     return list(dict.fromkeys(case.name for suite in suites for case in known.get(suite, ())))

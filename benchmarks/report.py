@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from .profile_suite import KINDS
 from .results import MEASURED, Row
 from .timing import Ratio
 
@@ -60,6 +61,8 @@ _COLUMNS = (
     _Column("slope of time", _number("time_slope", ".2f")),
     _Column("slope of held bytes", _number("held_slope", ".2f")),
     _Column("slope of peak bytes", _number("peak_slope", ".2f")),
+    *(_Column(kind, _number(f"share_of_{kind}", ".1%")) for kind in KINDS),
+    _Column("rate of products, of ceiling", _number("products_of_ceiling", ".0%")),
     _Column("bytes", _number("bytes", ",.0f")),
     _Column("formula", _number("formula_bytes", ",.0f")),
     _Column("bytes / formula", _number("over_formula", ".4f")),

@@ -10,7 +10,7 @@ from .timing import Ratio
 MEASURED, FAILED, UNAVAILABLE = "measured", "failed", "unavailable"
 
 # Of these more is better; of all other numbers that are compared, less.
-_MORE_IS_BETTER = {"tokens_per_second", "tflops", "ceiling_share"}
+_MORE_IS_BETTER = {"tokens_per_second", "tflops", "ceiling_share", "products_of_ceiling"}
 _NOT_COMPARED = {"max_error", "imbalance"}
 
 
@@ -73,6 +73,6 @@ def as_json(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
 
 
 def _ratio(metric: str, ours: float | None, peer: float | None) -> float | None:
-    if metric in _NOT_COMPARED or not ours or not peer:
+    if metric in _NOT_COMPARED or metric.startswith("share_of_") or not ours or not peer:
         return None
     return ours / peer if metric in _MORE_IS_BETTER else peer / ours

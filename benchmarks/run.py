@@ -18,7 +18,7 @@ from pathlib import Path
 
 from moe_hf.errors import UserError
 
-SUITES = ("layer", "step", "memory", "comm", "scaling")
+SUITES = ("layer", "step", "memory", "comm", "scaling", "profile")
 _ROUNDS = 12
 
 

@@ -12,12 +12,13 @@ from .engine_suite import engine_cases, run_engines
 from .layer_suite import run_layers
 from .peers.models import model_peers
 from .peers.registry import choose, layer_peers
+from .profile_suite import run_layer_profiles, run_step_profiles
 from .results import Row
 from .scaling_suite import AUTO, run_scaling
 from .step_suite import run_steps
 from .watching import LoadWatch
 
-TIMED = {"layer", "step", "scaling"}
+TIMED = {"layer", "step", "scaling", "profile"}
 """Suites whose results depend on what else runs."""
 
 
@@ -50,11 +51,18 @@ def run_suites(arguments: argparse.Namespace, device: str, watch: LoadWatch) -> 
     if "scaling" in suites:
         layers, models = (choose(peers, names or AUTO) for peers in (layer_peers(), model_peers("mixtral")))
         yield from run_scaling(layers, models, device, num_rounds, watch)
+    if "profile" in suites:
+        yield from run_layer_profiles(
+            layer_cases(device, arguments.config), choose(layer_peers(), names or AUTO), device
+        )
+        yield from run_step_profiles(
+            step_cases(device, arguments.config), lambda f: choose(model_peers(f), names or AUTO), device
+        )
 
 
 def _peer_names(suites: set[str]) -> list[str]:
-    peers = layer_peers() if suites & {"layer", "scaling"} else []
-    if suites & {"step", "scaling"}:
+    peers = layer_peers() if suites & {"layer", "scaling", "profile"} else []
+    if suites & {"step", "scaling", "profile"}:
         peers += [peer for family in FAMILIES for peer in model_peers(family)]
     return list(dict.fromkeys(peer.name for peer in peers))
 
