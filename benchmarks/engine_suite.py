@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,10 +17,11 @@ from moe_hf import MoEConfig
 from moe_hf.planning.setting import Setting, read_setting
 
 from .engine_formulas import LOGGED, OPERATIONS, STATES, predicted_messages, predicted_states
+from .peers.registry import OURS
 from .results import Row
 
 ROOT = Path(__file__).resolve().parent.parent
-FORMULA = "formula"
+FORMULA, ALL_REDUCE = "formula", "use_multi_rank_bucket_allreduce"
 
 _MODEL = {
     "vocab_size": 512,
@@ -42,16 +43,25 @@ _NOT_PREDICTED = 1e-3
 
 @dataclass(frozen=True)
 class EngineCase:
-    """One run; `ep` `None` is without AutoEP, every rank holding all experts."""
+    """One run.
+
+    Args:
+        ranks: processes.
+        zero: stage.
+        ep: ranks that share one set of experts; `None` is without AutoEP, every rank holding all.
+        reduces: ZeRO 1 and 2 reduce a gradient to the rank that needs it, as in ds_configs, and do not all-reduce.
+    """
 
     ranks: int
     zero: int
     ep: int | None
+    reduces: bool = True
 
     @property
     def name(self) -> str:
         """For a reader, and for a folder."""
-        return f"ZeRO {self.zero}, EP {self.ep or 'off'}, {self.ranks} ranks"
+        all_reduced = "" if self.reduces else ", all-reduced"
+        return f"ZeRO {self.zero}, EP {self.ep or 'off'}, {self.ranks} ranks{all_reduced}"
 
     @property
     def deepspeed_json(self) -> dict:
@@ -67,8 +77,8 @@ class EngineCase:
         }
         if self.zero == 3:
             config["zero_optimization"] |= {"stage3_param_persistence_threshold": 1000}
-        else:  # as in ds_configs
-            config["zero_optimization"] |= {"use_multi_rank_bucket_allreduce": False}
+        else:
+            config["zero_optimization"] |= {"use_multi_rank_bucket_allreduce": not self.reduces}
         if self.ep is not None:
             config["expert_parallel"] = {"enabled": True, "autoep_size": self.ep}
         return config
@@ -89,14 +99,13 @@ class EngineCase:
 
 
 def engine_cases(ranks: Iterable[int] = (2, 4)) -> list[EngineCase]:
-    """Return ZeRO 1, 2 and 3 without AutoEP and with experts divided over 2 ranks, and over 4 where there are."""
-    return [
-        EngineCase(number, zero, ep)
-        for number in ranks
-        for zero in (1, 2, 3)
-        for ep in (None, 2, 4)
-        if ep is None or ep <= number
-    ]
+    """Return ZeRO 1, 2 and 3 without AutoEP and with experts divided over 2 ranks, and over 4 where there are.
+
+    And ZeRO 2 with DeepSpeed's default for gradients.
+    """
+    sizes = [(number, ep) for number in ranks for ep in (None, 2, 4) if ep is None or ep <= number]
+    as_shipped = [EngineCase(number, zero, ep) for number, ep in sizes for zero in (1, 2, 3)]
+    return as_shipped + [EngineCase(number, 2, None, reduces=False) for number in ranks]
 
 
 def run_engines(cases: list[EngineCase], suites: set[str]) -> Iterator[Row]:
@@ -119,6 +128,8 @@ def run_engines(cases: list[EngineCase], suites: set[str]) -> Iterator[Row]:
                     yield from _memory_rows(case, config, found)
                 if "comm" in suites:
                     yield from _comm_rows(case, config, found)
+            if "comm" in suites:
+                yield from _sent_rows(together, Path(folder))
 
 
 def launch(ranks: int, cases: list[dict], folder: Path) -> None:
@@ -194,6 +205,15 @@ def _comm_rows(case: EngineCase, config: MoEConfig, ranks: list[dict]) -> Iterat
         found = sum(rank["messages"].get(operation, 0) for rank in ranks) / len(ranks)
         if predicted[operation] or found > _NOT_PREDICTED * sum(predicted.values()):
             yield _row("comm", case, operation, found, predicted[operation])
+
+
+def _sent_rows(cases: list[EngineCase], folder: Path) -> Iterator[Row]:
+    """Yield what all ranks have sent in one step, of pairs of cases that differ in how gradients are reduced."""
+    for case in (case for case in cases if not case.reduces):
+        for one, peer in ((replace(case, reduces=True), OURS), (case, ALL_REDUCE)):
+            ranks = [json.loads((folder / one.name / f"rank_{r}.json").read_text()) for r in range(one.ranks)]
+            config = f"{replace(case, reduces=True).name}: sent by all ranks"
+            yield Row("comm", config, peer, "bf16", values={"sent_bytes": sum(rank["sent"] for rank in ranks)})
 
 
 def _row(suite: str, case: EngineCase, what: str, found: float, predicted: float) -> Row:

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import deepspeed.comm
+import psutil
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from deepspeed.runtime.tensor_parallel import init_utils
@@ -30,10 +31,12 @@ class Measuring(TrainerCallback):
 
     def __init__(self, trainer) -> None:
         self.trainer, self.held, self.messages = trainer, {}, {}
+        self.sent_before = self.sent = 0
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         """Forget the messages of earlier steps."""
         deepspeed.comm.comms_logger.reset_data()
+        self.sent_before = _bytes_sent()
 
     def on_substep_end(self, args, state, control, **kwargs) -> None:
         """Behind a micro-batch that is not the last of its step."""
@@ -41,6 +44,7 @@ class Measuring(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Behind the optimizer's step."""
+        self.sent = _bytes_sent() - self.sent_before
         engine = self.trainer.deepspeed
         weights = storages(weights_of(engine))
         optimizer = storages(optimizer_states_of(engine))
@@ -50,6 +54,11 @@ class Measuring(TrainerCallback):
             operation: sum(size * counted[0] for size, counted in sizes.items())
             for operation, sizes in deepspeed.comm.comms_logger.comms_dict.items()
         }
+
+
+def _bytes_sent() -> int:
+    """Return what this process has written, to sockets too: over gloo nearly all of it are messages."""
+    return psutil.Process().io_counters().write_chars
 
 
 def main() -> None:
@@ -67,7 +76,9 @@ def main() -> None:
         trainer.train()
         path = folder / case["name"] / f"rank_{dist.get_rank()}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"held": measuring.held, "messages": Counter(measuring.messages)}))
+        path.write_text(
+            json.dumps({"held": measuring.held, "messages": Counter(measuring.messages), "sent": measuring.sent})
+        )
         trainer.deepspeed.destroy()
         del trainer, measuring
         gc.collect()

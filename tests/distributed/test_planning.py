@@ -92,6 +92,7 @@ CELLS = [
     Cell(2, 0, None, "bf16", slow=False),
     Cell(2, 1, 2, "bf16", checkpointing=True, slow=False),
     Cell(2, 2, None, "fp32", slow=False),
+    Cell(2, 2, None, "fp32", options={"use_multi_rank_bucket_allreduce": False}, slow=False),
     Cell(2, 2, 2, "bf16", slow=False),
     Cell(2, 3, None, "bf16", checkpointing=True, options=NEAR, slow=False),
     Cell(2, 3, 2, "bf16", checkpointing=True, options=NEVER, slow=False),
@@ -179,6 +180,16 @@ def test_states_are_as_predicted(cell, measured):
 @pytest.mark.parametrize("cell", DEFAULT, ids=lambda cell: cell.name)
 def test_messages_are_as_predicted(cell, measured):
     assert_messages(cell, measured[cell.name])
+
+
+def test_reducing_sends_less_than_all_reducing(measured):
+    """As shipped configurations do under ZeRO 2; the weights that are gathered afterwards are the same bytes."""
+    shipped = Cell(2, 2, None, "fp32", options={"use_multi_rank_bucket_allreduce": False})
+    default = replace(shipped, options={})
+    sent, sent_by_default = (sum(rank["sent"] for rank in measured[cell.name]) for cell in (shipped, default))
+    gathered = sum(predicted_messages(shipped.config, shipped.setting)[name] for name in ("all_gather_into_tensor",))
+    # gloo's reduce scatters and gathers at one rank: (W - 1) (1 + 1 / W) times the bytes instead of 2 (W - 1) times.
+    assert sent - 2 * gathered == pytest.approx(0.75 * (sent_by_default - 2 * gathered), rel=0.02)
 
 
 @pytest.mark.slow
