@@ -69,7 +69,6 @@ def forward(
     width, num_rows = down.shape[2], len(order.rows)
     product = x.new_empty(num_rows if keeps_product else 0, 2 * width)
     outputs = x.new_empty(num_rows, x.shape[1])
-    weights = None if top_k_weights is None else _by_row(top_k_weights, order)
     blocks = _blocks(order, len(x))
     longest = max(len(block.tokens) for block in blocks)
     inputs, activations = x.new_empty(longest, x.shape[1]), x.new_empty(longest, width)
@@ -82,11 +81,8 @@ def forward(
             _multiply_each(gathered, weight[experts].mT, counts, out=of_weight)
         gate, up = part.chunk(2, dim=1)
         activated = torch.ops.aten.silu.out(gate, out=activations[:size]).mul_(up)
-        if weights is not None:
-            # Here and not when a token's rows are summed: there are fewer columns, and the sum stays a plain one.
-            activated.mul_(weights[where])
         _multiply_each(activated, down[experts].mT, counts, out=outputs[where])
-    return sum_rows(outputs, None, order, len(x)), product
+    return sum_rows(outputs, top_k_weights, order, len(x)), product
 
 
 def backward(
