@@ -390,6 +390,17 @@ class MoEPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.e_score_correction_bias)
 
 
+def _same_document(position_ids: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Return the mask by which no token of packed rows sees another document.
+
+    Args:
+        position_ids: `(B, S)`; where they do not go up by one, a document begins.
+    """
+    begins = position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
+    document = begins.cumsum(dim=-1)
+    return lambda row, head, query, key: document[row, query] == document[row, key]
+
+
 class MoEModel(MoEPreTrainedModel):
     """The decoder without a head: token ids in, final hidden states out."""
 
@@ -435,6 +446,9 @@ class MoEModel(MoEPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        documents_apart = None
+        if position_ids is not None and attention_mask is None and past_key_values is None:
+            documents_apart = _same_document(position_ids.expand(inputs_embeds.shape[0], -1))
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
@@ -445,7 +459,8 @@ class MoEModel(MoEPreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
-                position_ids=position_ids,
+                # Not the positions, whose jumps Transformers would look for on the host.
+                and_mask_function=documents_apart,
             )
         hidden_states = F.dropout(inputs_embeds, self.config.hidden_dropout, self.training)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)

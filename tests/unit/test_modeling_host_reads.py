@@ -59,7 +59,7 @@ def reads_of_a_step(changes: dict, **inputs: torch.Tensor) -> list[list[str]]:
     model = MoEForCausalLM._from_config(tiny_config(**changes), **settings).train()
     ids = torch.randint(61, (2, 16))
     counts = {"num_items_in_batch": torch.tensor(30), "num_tokens_in_batch": torch.tensor(32)}
-    options = {"skip_logits": True, "output_router_statistics": True, "label_smoothing": 0.1}
+    options = {"use_cache": False, "skip_logits": True, "output_router_statistics": True, "label_smoothing": 0.1}
     with HostReads() as reads:
         model(ids, labels=ids, **inputs, **counts, **options).loss.backward()
     return reads.found
