@@ -10,6 +10,9 @@ from moe_hf.planning.states import state_amounts
 
 STATES = ("weights", "gradients", "optimizer")
 
+# A copy in float32, and Adam's two moments.
+_OF_OPTIMIZER = 12
+
 OPERATIONS = ("all_reduce", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single")
 """All that carries weights, gradients or tokens; `prof_all` would end the process at the first call unknown to it."""
 
@@ -21,6 +24,23 @@ def predicted_states(config: MoEConfig, setting: Setting, rank: int) -> dict[str
     """Return the bytes of weights, gradients and optimizer states on a rank."""
     amounts = state_amounts(optimizer_groups(config, setting), setting, rank)
     return {kind: total(amounts, kind=kind) for kind in STATES}
+
+
+def ideal_states(config: MoEConfig, setting: Setting) -> dict[str, float]:
+    """Return the bytes of weights, gradients and optimizer states on a rank, if ZeRO could cut anywhere.
+
+    Of a weight: whole in 16 bits, or divided by its ranks from stage 3 on; its gradient likewise, from stage 2 on; and
+    12 bytes an element, divided, for the optimizer's copy and two moments.
+    """
+    parameters = local_parameters(config, setting)
+    whole = setting.item_size * sum(part.numel for part in parameters)
+    divided = setting.item_size * sum(part.numel / part.ranks for part in parameters)
+    stage = setting.zero.stage
+    return {
+        "weights": divided if stage == 3 else whole,
+        "gradients": divided if stage >= 2 else whole,
+        "optimizer": _OF_OPTIMIZER * sum(part.numel / part.ranks for part in parameters),
+    }
 
 
 def predicted_messages(config: MoEConfig, setting: Setting) -> dict[str, float]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from moe_hf import MoEConfig
 from moe_hf.planning.setting import Setting, read_setting
 
-from .engine_formulas import LOGGED, OPERATIONS, STATES, predicted_messages, predicted_states
+from .engine_formulas import LOGGED, OPERATIONS, STATES, ideal_states, predicted_messages, predicted_states
 from .peers.registry import OURS
 from .results import Row
 
@@ -27,7 +27,7 @@ _MODEL = {
     "vocab_size": 512,
     "hidden_size": 128,
     "moe_intermediate_size": 96,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 8,
     "num_attention_heads": 4,
     "num_experts": 8,
     "num_experts_per_tok": 2,
@@ -195,7 +195,9 @@ def _memory_rows(case: EngineCase, config: MoEConfig, ranks: list[dict]) -> Iter
         pairs = [
             (found["held"][kind], predicted_states(config, case.setting, r)[kind]) for r, found in enumerate(ranks)
         ]
-        yield _row("memory", case, kind, *max(pairs, key=lambda pair: abs(pair[0] / pair[1] - 1)))
+        row = _row("memory", case, kind, *max(pairs, key=lambda pair: abs(pair[0] / pair[1] - 1)))
+        row.values["over_ideal"] = row.values["bytes"] / ideal_states(config, case.setting)[kind]
+        yield row
 
 
 def _comm_rows(case: EngineCase, config: MoEConfig, ranks: list[dict]) -> Iterator[Row]:

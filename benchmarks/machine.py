@@ -2,8 +2,10 @@
 
 import os
 import platform
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import psutil
 import torch
@@ -75,11 +77,21 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what is measured, of those that are installed."""
-    found = {"python": platform.python_version(), "moe_hf": __version__}
+    """Return the versions of what is measured, of those that are installed, and the commit of this repository."""
+    found = {"python": platform.python_version(), "moe_hf": __version__, "commit": _commit()}
     for package in _PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
     return found
+
+
+def _commit() -> str:
+    """Return the commit that is checked out, with a `+` where files that it knows are changed."""
+    words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"

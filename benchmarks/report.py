@@ -66,6 +66,7 @@ _COLUMNS = (
     _Column("bytes", _number("bytes", ",.0f")),
     _Column("formula", _number("formula_bytes", ",.0f")),
     _Column("bytes / formula", _number("over_formula", ".4f")),
+    _Column("bytes / ideal", _number("over_ideal", ".3f")),
     _Column("bytes sent", _number("sent_bytes", ",.0f")),
     _Column("ours is", _speed),
     _Column("largest relative error", _number("max_error", ".1e")),

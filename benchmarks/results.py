@@ -62,7 +62,8 @@ def as_json(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
             continue
         if "formula_bytes" in row.values:
             found = {"metric": "bytes", "ours": row.values["bytes"], "peer": row.values["formula_bytes"]}
-            yield common | found | {"ratio": row.values["over_formula"]}
+            ideal = {"over_ideal": row.values["over_ideal"]} if "over_ideal" in row.values else {}
+            yield common | found | {"ratio": row.values["over_formula"]} | ideal
             continue
         for metric, value in row.values.items():
             own = ours.get(row.case, {}).get(metric)
