@@ -108,12 +108,13 @@ def test_overwriting_deletes_what_a_run_leaves_and_nothing_else(lab):
 @pytest.mark.parametrize("local_rank", ["0", "1"])
 def test_what_killed_runs_have_left_is_cleared_by_one_process_of_a_machine(tmp_path, monkeypatch, local_rank):
     """The lock of an operator that was being compiled, and shared memory of a run on the same port."""
-    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_RANK": local_rank}.items():
+    port = str(os.getpid())  # other processes may run this test at the same time
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": local_rank}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     lock, buffer = (
         tmp_path / "operator" / "lock",
-        Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_1_0"),
+        Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{port}_0"),
     )
     lock.parent.mkdir()
     try:
