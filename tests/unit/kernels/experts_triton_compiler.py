@@ -62,6 +62,7 @@ def main() -> None:
     run(experts_triton, case, inputs._replace(top_k_weights=None), needs=(True, False, True, True))
     order = experts_triton.sort_by_expert(inputs.top_k_index, case.E)
     experts_triton.dot_rows(inputs.hidden_states, inputs.hidden_states, order)
+    experts_triton.gather_rows(inputs.hidden_states, inputs.top_k_weights, order)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ NAMES = [
     "saved_product",
     "no_tokens",
     "rows_of_other_ranks",
+    "gathered_rows",
     "without_a_backward_pass",
     "sorting",
 ]
