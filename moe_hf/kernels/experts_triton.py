@@ -8,9 +8,9 @@ Shape letters: T tokens, H hidden size, E experts, K experts per token, I expert
 import torch
 from torch import Tensor
 
-from . import experts_aten
 from .expert_order import ExpertOrder
 from .triton_combine import dot_with_rows, sum_over_experts, sum_parts
+from .triton_gather import gather_tokens
 from .triton_gradients import activation_gradient, input_gradient
 from .triton_order import cut_into_tiles
 from .triton_order import sort_by_expert as _sort_by_expert
@@ -118,7 +118,8 @@ def backward(
 
 def gather_rows(hidden_states: Tensor, top_k_weights: Tensor | None, order: ExpertOrder) -> Tensor:
     """Return every row's token, `(T, H)` to `(N, H)`, times its weight where there are weights `(T, K)`."""
-    return experts_aten.gather_rows(hidden_states, top_k_weights, order)
+    with torch.cuda.device_of(hidden_states):
+        return gather_tokens(_with_near_columns(hidden_states), order, _contiguous(top_k_weights))
 
 
 def sum_rows(rows: Tensor, top_k_weights: Tensor | None, order: ExpertOrder, num_tokens: int) -> Tensor:

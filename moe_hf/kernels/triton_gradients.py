@@ -162,7 +162,9 @@ def _input_gradient(
     columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
     left = product_gradient + tl.minimum(row, end - 1).to(tl.int64)[:, None] * (2 * I) + depth[None, :]
-    right = expert.to(tl.int64) * weight_stride + columns[None, :] + depth[:, None] * H
+    gate += expert.to(tl.int64) * weight_stride
+    up += expert.to(tl.int64) * weight_stride
+    right = columns[None, :] + depth[:, None] * H
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     STEPS: tl.constexpr = (I + BLOCK_K - 1) // BLOCK_K
     # One loop over both halves, or the pipeline would run dry between them.

@@ -118,12 +118,23 @@ def test_offsets_may_pass_32_bits(backend):
         assert relative_error(results[name][some], right[name]) <= LIMITS[case.dtype], name
 
 
+def test_offsets_of_gathered_rows_may_pass_32_bits(backend):
+    torch.use_deterministic_algorithms(False)
+    inputs = make_inputs(Case(T=140_000, H=2048, E=8, K=8, I=16, dtype=torch.bfloat16), "cuda")
+    order = backend.sort_by_expert(inputs.top_k_index, 8)
+    rows = backend.gather_rows(inputs.hidden_states, None, order)
+    assert rows.numel() > 2**31
+    for some in (slice(200), slice(-200, None)):
+        assert torch.equal(rows[some], inputs.hidden_states[order.rows[some] // 8])
+
+
 def test_rows_of_other_ranks_equal_those_of_the_cpu(backend):
     from moe_hf.kernels import experts_aten
 
     inputs = make_inputs(Case(T=700, H=256, E=8, K=2, I=64, routing="nobody"), "cuda")
     order = backend.sort_by_expert(inputs.top_k_index, 8)
     rows = backend.gather_rows(inputs.hidden_states, inputs.top_k_weights, order)
+    assert torch.equal(rows, experts_aten.gather_rows(inputs.hidden_states, inputs.top_k_weights, order))
     here, there = [*order], [tensor.cpu() for tensor in order]
     for name, given in (
         ("sum_rows", lambda device: (rows.to(device), inputs.top_k_weights.to(device))),

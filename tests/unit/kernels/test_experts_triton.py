@@ -15,10 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.cases import layer_cases
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 KERNELS = sorted((ROOT / "moe_hf" / "kernels").glob("*triton*.py"))
 
+HOPPER = 232_448  # bytes of shared memory that a program may have
+BENCHMARKED = [case for case in layer_cases("cuda") if case.routing == "skewed"]
 PRODUCTS = {"_gate_and_up", "_down", "_activation_gradient", "_input_gradient", "_weight_gradient"}
 NAMES = [
     "T20-H40-E4-K2-I24-uneven-packed-float32",
@@ -36,12 +40,13 @@ NAMES = [
     "saved_product",
     "no_tokens",
     "rows_of_other_ranks",
+    "gathered_rows",
     "without_a_backward_pass",
     "sorting",
 ]
 
 
-def lines_of(script: str, **environment: str) -> list:
+def lines_of(script: str, *words: str, **environment: str) -> list:
     """Run a script of this folder and read its lines of JSON."""
     if find_spec("triton") is None:
         if (sys.platform, platform.machine()) != ("linux", "x86_64"):
@@ -49,7 +54,8 @@ def lines_of(script: str, **environment: str) -> list:
         pytest.fail("Triton is missing: pip install -e '.[test]'")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")} | environment
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), environment.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, HERE / script], env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, HERE / script, *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -62,7 +68,7 @@ def interpreted() -> dict[str, str | None]:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> list:
-    """(Name, bytes of shared memory, instructions for tensor cores) of each kernel."""
+    """(Name, bytes of shared memory, instructions for tensor cores, bytes spilled) of each kernel."""
     return lines_of("experts_triton_compiler.py", TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("cache")))
 
 
@@ -83,9 +89,22 @@ def test_all_kernels_compile_for_hopper(compiled):
 
 def test_products_in_16_bits_are_pipelined_through_tensor_cores(compiled):
     """The operands of all three stages, (64 + 64) × 32 values each, wait in shared memory."""
-    for name, shared, tensor_cores in compiled:
+    for name, shared, tensor_cores, _ in compiled:
         if name in PRODUCTS:
             assert tensor_cores >= 2 and shared >= 3 * (64 + 64) * 32 * 2, (name, shared, tensor_cores)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows_per_expert", [16, 1024])
+@pytest.mark.parametrize("case", BENCHMARKED, ids=lambda case: case.name)
+def test_tiles_of_the_table_fit_into_a_hopper_gpu(case, rows_per_expert, tmp_path):
+    """Shared memory holds the stages, registers the sums: a program that spills them waits for memory."""
+    tokens = rows_per_expert * case.num_experts // case.top_k
+    sizes = [str(size) for size in (tokens, case.hidden_size, case.num_experts, case.top_k, case.width)]
+    compiled = lines_of("experts_triton_compiler.py", *sizes, TRITON_CACHE_DIR=str(tmp_path))
+    assert {name for name, *_ in compiled} > PRODUCTS
+    for name, shared, _, spilled in compiled:
+        assert shared <= HOPPER and spilled == 0, (name, shared, spilled)
 
 
 def test_triton_is_imported_for_cuda_only():
