@@ -104,7 +104,7 @@ class TransformersModel(ModelPeer):
         if (reason := unregistered(self.implementation)) is not None:
             return reason
         if self.implementation == "batched_mm":
-            return too_large_for_batched_mm(case, device, case.layers)
+            return too_large_for_batched_mm(case, case.micro_tokens, device, case.layers)
         return None
 
     def build(self, case: StepCase) -> PreTrainedModel:
