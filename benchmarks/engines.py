@@ -25,24 +25,33 @@ class Training:
     Args:
         peer: whose it is.
         engine: of DeepSpeed.
-        tokens: of every step, `(B, S)`.
+        tokens: of every step, `(A * B, S)`.
+        batch: sequences of each of the A micro-batches, B.
     """
 
     peer: ModelPeer
     engine: "deepspeed.DeepSpeedEngine"
     tokens: torch.Tensor
+    batch: int
 
     def step(self) -> tuple[Sample, torch.Tensor]:
-        """Make one optimizer step; return the times, and the cross-entropy before it."""
+        """Make one optimizer step; return the times, those of all micro-batches, and the cross-entropy before it."""
+        micro_batches = self.tokens.split(self.batch)
         clock = clock_of(self.tokens.device.type)
-        loss, cross_entropy = self.peer.cross_entropy(self.engine, self.tokens)
+        cross_entropies = []
+        for tokens in micro_batches:
+            loss, cross_entropy = self.peer.cross_entropy(self.engine, tokens)
+            cross_entropies.append(cross_entropy.detach())
+            clock.mark()
+            self.engine.backward(loss)
+            clock.mark()
+            self.engine.step()  # of the last one only; before, it counts
         clock.mark()
-        self.engine.backward(loss)
-        clock.mark()
-        self.engine.step()
-        clock.mark()
-        forward, both, step = clock.milliseconds()
-        return {"forward_ms": forward, "forward_backward_ms": both, "step_ms": step}, cross_entropy.detach()
+        *passes, step = clock.milliseconds()
+        ends = passes[1::2]
+        forward = sum(end - begin for begin, end in zip([0.0, *ends], passes[0::2], strict=False))
+        times = {"forward_ms": forward, "forward_backward_ms": ends[-1], "step_ms": step}
+        return times, torch.stack(cross_entropies).mean()
 
     def end(self) -> None:
         """Let go of what the engine holds."""
@@ -57,7 +66,7 @@ def start(peer: ModelPeer, case: StepCase, weights: dict[str, torch.Tensor], tok
         peer: builds the model and its optimizer.
         case: the model.
         weights: of the model, by their names in Transformers.
-        tokens: `(B, S)`, on the device.
+        tokens: of every step, `(A * B, S)`, on the device.
     """
     join_alone()
     model = peer.load(case, weights, tokens.device)
@@ -65,7 +74,7 @@ def start(peer: ModelPeer, case: StepCase, weights: dict[str, torch.Tensor], tok
     optimizer = peer.optimizer(model, learning_rate=LEARNING_RATE, adam_epsilon=ADAM_EPSILON)
     config = {
         "train_micro_batch_size_per_gpu": case.batch,
-        "gradient_accumulation_steps": 1,
+        "gradient_accumulation_steps": case.accumulation,
         "gradient_clipping": MAX_GRAD_NORM,
         "bf16": {"enabled": case.dtype == "bf16"},
         "zero_optimization": {"stage": 1},
@@ -76,4 +85,4 @@ def start(peer: ModelPeer, case: StepCase, weights: dict[str, torch.Tensor], tok
     # What the launcher sets; Accelerate would take it for a launch of several processes.
     with mock.patch.dict(os.environ, LOCAL_RANK="0"):
         engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    return Training(peer, engine, tokens)
+    return Training(peer, engine, tokens, case.batch)

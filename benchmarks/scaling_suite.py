@@ -123,7 +123,7 @@ def _model_points(
 ) -> Iterator[tuple[str, Callable[[], Sample], MemoryUse]]:
     tokens = make_tokens(case, device)
     weights = make_weights(case, device)
-    expected = Expected(case, weights, tokens)
+    expected = Expected(case, weights, tokens, with_gradients=device == "cpu")
     for peer in peers:
         row = rows[peer.name]
         if (reason := peer.unavailable(case, device)) is not None:

@@ -20,15 +20,23 @@ from .equality import filling_uninitialized_memory, poison, refuse_large, relati
 from .layer_suite import add_rates, matmul_of
 from .peers.models import ModelPeer, TransformersModel, our_config
 from .peers.registry import CEILING, OURS
-from .results import FAILED, UNAVAILABLE, Row
+from .results import FAILED, MEASURED, UNAVAILABLE, Row
 from .timing import Rounds, Sample, Watch, interleave
 
 SUITE = "step"
 _CHECKED_STEPS = 3
 
-# Weights, gradients, the optimizer's copy and its two moments; of a device's memory, what states may take.
+# Micro-batches of the steps that are checked, at most, and tokens that the reference takes at a time: in float32 and
+# with plain PyTorch a whole step would take longer than all that is timed.
+_CHECKED_MICRO_BATCHES = 2
+_REFERENCE_TOKENS = 8192
+
+# Weights, gradients, the optimizer's copy and its two moments; of a device's memory, what may be used.
 _STATE_BYTES = 16
-_FOR_STATES = 0.7
+_USABLE = 0.9
+
+# Of fewer tokens are micro-batches not made where memory is short.
+_SMALLEST_MICRO_BATCH = 8192
 
 
 def run_steps(
@@ -51,8 +59,9 @@ def run_steps(
         peers = peers_of(case.family)
         if len(peers) < 2:
             continue  # only ours, beside nobody
-        case = with_layers_that_fit(case, device)
-        print(f"step {name_of(case)} {case.dtype}", file=sys.stderr, flush=True)
+        case = that_fits(case, device)
+        size = f"{case.accumulation} micro-batches of {case.micro_tokens} tokens"
+        print(f"step {name_of(case)} {case.dtype}, {size}", file=sys.stderr, flush=True)
         yield from _run_case(case, peers, device, num_rounds, watch)
 
 
@@ -61,47 +70,69 @@ def name_of(case: StepCase) -> str:
     return f"{case.name}/{case.family}/L{case.layers}"
 
 
-def with_layers_that_fit(case: StepCase, device: str) -> StepCase:
-    """Take layers away until ours and one peer find room side by side."""
-    if device != "cuda":
-        return case
-    usable = _FOR_STATES * torch.cuda.mem_get_info()[1]
-    while case.layers > 1 and 2 * _STATE_BYTES * case.parameters > usable:
-        case = replace(case, layers=case.layers - 1)
+def that_fits(case: StepCase, device: str) -> StepCase:
+    """Halve the micro-batches of a step, then take layers away, until ours and one peer find room side by side."""
+    while device == "cuda" and _models_that_fit(case, device) < 2:
+        if case.batch % 2 == 0 and case.micro_tokens // 2 >= _SMALLEST_MICRO_BATCH:
+            case = replace(case, batch=case.batch // 2, accumulation=2 * case.accumulation)
+        elif case.layers > 1:
+            case = replace(case, layers=case.layers - 1)
+        else:
+            break
     return case
 
 
-def _run_case(case: StepCase, peers: list[ModelPeer], device: str, num_rounds: int, watch) -> list[Row]:
+def _models_that_fit(case: StepCase, device: str) -> int:
+    """Return how many models memory holds in training, one of them with its activations, beside the given weights."""
+    memory = torch.cuda.mem_get_info()[1] if device == "cuda" else psutil.virtual_memory().available
+    weights = DTYPES[case.dtype].itemsize * case.parameters
+    return int((_USABLE * memory - weights - case.activation_bytes) / (_STATE_BYTES * case.parameters))
+
+
+def _run_case(case: StepCase, peers: list[ModelPeer], device: str, num_rounds: int, watch) -> Iterator[Row]:
     tokens = make_tokens(case, device)
     weights = make_weights(case, device)
     rows = {peer.name: Row(SUITE, name_of(case), peer.name, case.dtype) for peer in peers}
+    checked = replace(case, accumulation=min(case.accumulation, _CHECKED_MICRO_BATCHES))
+    checked_tokens = tokens[: checked.accumulation * checked.batch]
     try:
-        expected = Expected(case, weights, tokens)
+        expected = Expected(checked, weights, checked_tokens, with_gradients=device == "cpu")
     except torch.OutOfMemoryError as error:
         for row in rows.values():
             row.status, row.reason = FAILED, f"the reference did not fit: {str(error)[:100]}"
-        return list(rows.values())
-    admitted = [peer for peer in peers if _admit(peer, case, weights, tokens, expected, rows[peer.name])]
-    if num_rounds and admitted:
-        for together in side_by_side(admitted, case, device):
+        yield from rows.values()
+        return
+    clean(device)
+    try:
+        admitted = [
+            peer for peer in peers if _admit(peer, checked, weights, checked_tokens, expected, rows[peer.name], case)
+        ]
+        for together in side_by_side(admitted, case, device) if num_rounds and admitted else ():
             _time(together, case, weights, tokens, num_rounds, watch, rows)
-    return list(rows.values())
+    except KeyboardInterrupt:
+        yield from (row for row in rows.values() if row.status != MEASURED or "step_ms" in row.values)
+        raise
+    yield from rows.values()
 
 
 def make_tokens(case: StepCase, device: str) -> torch.Tensor:
-    """Draw tokens that are as frequent as words, `(B, S)`."""
+    """Draw tokens of a whole step, as frequent as words, `(A * B, S)`."""
     draw = torch.Generator().manual_seed(1)
     frequencies = 1 / torch.arange(1, case.vocab_size + 1)
     tokens = torch.multinomial(frequencies, case.tokens, replacement=True, generator=draw)
-    return tokens.view(case.batch, case.sequence_length).to(device)
+    return tokens.view(-1, case.sequence_length).to(device)
 
 
 def make_weights(case: StepCase, device: str) -> dict[str, torch.Tensor]:
-    """Draw the weights of all models, as Transformers initialises them, on the CPU."""
+    """Draw the weights of all models, as Transformers initialises them.
+
+    On a GPU they are rounded to the precision of training, so that they can stay there for all who begin with them.
+    """
     torch.manual_seed(0)
     with torch.device(device):
-        model = _reference().build(case)
-    return {name: weight.to("cpu", copy=True) for name, weight in model.state_dict().items()}
+        weights = _reference().build(case).state_dict()
+    dtype = torch.float32 if device == "cpu" else DTYPES[case.dtype]
+    return {name: weight.to(dtype) for name, weight in weights.items()}
 
 
 def _reference() -> TransformersModel:
@@ -114,22 +145,25 @@ class Expected:
     Args:
         case: the model.
         weights: of the model.
-        tokens: of every step.
+        tokens: of every step, `(A * B, S)`; of gradients too the mean over all of them is taken.
+        with_gradients: whether they are asked for.
     """
 
-    def __init__(self, case: StepCase, weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> None:
+    def __init__(
+        self, case: StepCase, weights: dict[str, torch.Tensor], tokens: torch.Tensor, *, with_gradients: bool = True
+    ) -> None:
         peer = _reference()
         model = peer.load(case, weights, tokens.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=ADAM_EPSILON, weight_decay=0.0)
         self.losses, self.gradients = [], {}
         for step in range(_CHECKED_STEPS):
             loss = 0.0
-            # Sequences one by one, all equally long: in float32 they would not fit side by side.
-            for sequence in tokens.split(1):
-                part = peer.loss(model, sequence) / len(tokens)
+            # All sequences are equally long.
+            for sequences in tokens.split(max(1, _REFERENCE_TOKENS // case.sequence_length)):
+                part = peer.loss(model, sequences) * (len(sequences) / len(tokens))
                 part.backward()
                 loss += float(part.detach())
-            if step == 0:
+            if step == 0 and with_gradients:
                 self.gradients = {name: p.grad.to("cpu", copy=True) for name, p in model.named_parameters()}
             nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
             optimizer.step()
@@ -137,20 +171,31 @@ class Expected:
             self.losses.append(loss)
 
 
-def _admit(peer: ModelPeer, case: StepCase, weights, tokens, expected: Expected, row: Row) -> bool:
-    """Compare a peer with the reference and count; where it fails, write down why."""
+def _admit(peer: ModelPeer, case: StepCase, weights, tokens, expected: Expected, row: Row, timed: StepCase) -> bool:
+    """Compare a peer with the reference and count; where it fails, write down why.
+
+    Args:
+        peer: who is compared.
+        case: whose steps are checked.
+        weights: of the model.
+        tokens: of these steps.
+        expected: what the reference has found.
+        row: of the peer.
+        timed: whose steps are timed and counted, of as many micro-batches or more.
+    """
     device = tokens.device.type
     if (reason := peer.unavailable(case, device)) is not None:
         row.status, row.reason = UNAVAILABLE, reason
         return False
     training = None
     try:
-        errors = check_gradients(peer, case, weights, tokens, expected, device)
-        poison(tokens.device, DTYPES[case.dtype], 4 * case.tokens * case.vocab_size)
+        # On a GPU it would compare the first loss, which the first step has too.
+        errors = check_gradients(peer, case, weights, tokens, expected, device) if device == "cpu" else {}
+        poison(tokens.device, DTYPES[case.dtype], 4 * case.micro_tokens * case.vocab_size)
         training = start(peer, case, weights, tokens)
         errors |= check_losses(training, expected.losses, TOLERANCES[case.dtype])
         row.values["max_error"] = max(errors.values())
-        row.values |= count_step(training)
+        row.values |= count_step(training, timed.accumulation)
     except Exception as error:  # whatever another library raises is a result of this measurement
         row.status, row.reason = FAILED, f"{type(error).__name__}: {str(error)[:200]}"
         return False
@@ -201,23 +246,37 @@ def check_losses(training: Training, expected: list[float], tolerance: float) ->
     return refuse_large(errors, tolerance)
 
 
-def count_step(training: Training) -> dict[str, float]:
-    """Return what does not depend on time: synchronisations of a step, and the most bytes with all states."""
-    device = training.tokens.device.type
+def count_step(training: Training, accumulation: int) -> dict[str, float]:
+    """Return what does not depend on time: synchronisations of a step, and the most bytes with all states.
+
+    Args:
+        training: of as many micro-batches, or of fewer, two at least.
+        accumulation: micro-batches of the step that is told of; all but the last are alike.
+    """
+    device, engine = training.tokens.device.type, training.engine
+    first, *others = training.tokens.split(training.batch)
+
+    def forward(tokens: torch.Tensor = first) -> torch.Tensor:
+        return training.peer.loss(engine, tokens)
 
     def backward(loss: torch.Tensor) -> None:
-        training.engine.backward(loss)
-        training.engine.step()
+        engine.backward(loss)
+        engine.step()
 
-    def forward() -> torch.Tensor:
-        return training.peer.loss(training.engine, training.tokens)
+    def the_rest(loss: torch.Tensor) -> None:
+        backward(loss)
+        for tokens in others:
+            backward(forward(tokens))
 
-    with counted_synchronisations(device) as synchronisations:
-        backward(forward())
-    engine = training.engine
+    counts = []
+    for tokens in (first, *others):
+        with counted_synchronisations(device) as counted:
+            backward(forward(tokens))
+        counts += counted
+    synchronisations = sum(counts) + (accumulation - len(counts)) * counts[0]
     states = storages(chain(weights_of(engine), gradients_of(engine), optimizer_states_of(engine)))
-    memory = memory_use(device, forward, backward)
-    return {"synchronisations": synchronisations[0], "peak_bytes": sum(states.values()) + memory.peak}
+    memory = memory_use(device, forward, the_rest)
+    return {"synchronisations": synchronisations, "peak_bytes": sum(states.values()) + memory.peak}
 
 
 def clean(device: str) -> None:
@@ -228,32 +287,40 @@ def clean(device: str) -> None:
 
 
 def side_by_side(peers: list[ModelPeer], case: StepCase, device: str) -> list[list[ModelPeer]]:
-    """Return who is trained in the same rounds: all where memory holds them, else ours with one other each time."""
-    memory = torch.cuda.mem_get_info()[1] if device == "cuda" else psutil.virtual_memory().available
-    if len(peers) * _STATE_BYTES * case.parameters <= _FOR_STATES * memory:
-        return [peers]
+    """Return who is trained in the same rounds: all where memory holds them, else ours with a few others each time."""
     ours, others = [p for p in peers if p.name == OURS], [p for p in peers if p.name != OURS]
-    return [[*ours, other] for other in others]
+    size = max(1, _models_that_fit(case, device) - len(ours))
+    return [[*ours, *others[i : i + size]] for i in range(0, len(others), size)] or [ours]
 
 
 def _time(
     peers: list[ModelPeer], case: StepCase, weights, tokens, num_rounds: int, watch: Watch | None, rows: dict[str, Row]
 ) -> None:
-    trainings = {peer.name: start(peer, case, weights, tokens) for peer in peers}
+    """Train the peers side by side and fill their rows; who is trained with others once more keeps the first times."""
     flops = case.tokens * flops_per_token(our_config(case), case.sequence_length).total
     like = torch.empty(0, dtype=DTYPES[case.dtype], device=tokens.device)
-    contestants: dict[str, Callable[[], Sample]] = {
-        name: lambda training=training: training.step()[0] for name, training in trainings.items()
-    }
-    contestants[CEILING] = matmul_of(flops, like, "step_ms")
-    rounds = interleave(contestants, num_rounds, watch)
-    for name in trainings:
-        _add_times(rows[name], rounds, case, flops)
-    ceiling = rows.setdefault(CEILING, Row(SUITE, name_of(case), CEILING, case.dtype))
-    _add_times(ceiling, rounds, case, flops)
-    for training in trainings.values():
-        training.end()
-    clean(tokens.device.type)
+    trainings: dict[str, Training] = {}
+    try:
+        for peer in peers:
+            trainings[peer.name] = start(peer, case, weights, tokens)
+        contestants: dict[str, Callable[[], Sample]] = {
+            name: lambda training=training: training.step()[0] for name, training in trainings.items()
+        }
+        contestants[CEILING] = matmul_of(flops, like, "step_ms")
+        rounds = interleave(contestants, num_rounds, watch)
+    except torch.OutOfMemoryError as error:
+        # Ours may still be timed with others.
+        for row in (rows[peer.name] for peer in peers if peer.name != OURS or len(peers) == 1):
+            row.status, row.reason = FAILED, f"memory does not hold those it is timed with: {str(error)[:100]}"
+        return
+    finally:
+        for training in trainings.values():
+            training.end()
+        clean(tokens.device.type)
+    rows.setdefault(CEILING, Row(SUITE, name_of(case), CEILING, case.dtype))
+    for row in (rows[name] for name in contestants):
+        if "step_ms" not in row.values:
+            _add_times(row, rounds, case, flops)
 
 
 def _add_times(row: Row, rounds: Rounds, case: StepCase, flops: float) -> None:

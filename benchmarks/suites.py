@@ -10,8 +10,7 @@ from moe_hf.errors import ConfigError
 from .cases import FAMILIES, layer_cases, names_of_cases, step_cases
 from .engine_suite import engine_cases, run_engines
 from .layer_suite import run_layers
-from .peers.models import model_peers
-from .peers.registry import choose, layer_peers
+from .peers.registry import choose, layer_peers, model_peers
 from .profile_suite import run_layer_profiles, run_step_profiles
 from .results import Row
 from .scaling_suite import AUTO, run_scaling

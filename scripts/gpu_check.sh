@@ -3,7 +3,7 @@
 #
 #   bash scripts/gpu_check.sh                   tests marked gpu, and the suites layer and step of benchmarks/
 #   bash scripts/gpu_check.sh tests             only the former
-#   bash scripts/gpu_check.sh benchmarks
+#   bash scripts/gpu_check.sh benchmarks        only the latter, beside more peers, and the suite scaling
 #
 # Every part has a limit; one that comes to it is stopped and leaves what it has. Results are in benchmarks/results/.
 # Uses .venv where there is one, else $PYTHON or python3 with the packages installed there, and besides those of wheels/,
@@ -71,13 +71,20 @@ test_files() {
     [ $# -eq 0 ] || part "$name" "$limit" "$python" -m pytest "$@" -m gpu --durations=5 -p no:cacheprovider
 }
 
+# Of each suite who matters most comes first, and the least important is what time cuts off. All families have the same
+# kernel of Liger in a layer, which would be tuned once for each.
+readonly layer_peers=scattermoe,sonicmoe,mixtral/grouped_mm,mixtral/liger,autoep,autoep/best,mixtral/sonicmoe
+readonly more_layer_peers=$layer_peers,megablocks,tutel,mixtral/eager
+readonly step_peers=mixtral/grouped_mm,olmoe/grouped_mm,qwen3_moe/grouped_mm,ours/liger,mixtral/liger,qwen3_moe/liger
+readonly more_step_peers=autoep,autoep/best,ours/sonicmoe,ours/compiled,mixtral/eager
+
 # Kernels in one process are tested first, what launches training last: it takes longest.
 mapfile -t quick < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | grep -v '^tests/gpu/' | sort)
 case $parts in
     all)
         test_files kernels 90 "${quick[@]}"
-        measure layer 120 --suite layer
-        measure step 170 --suite step --peers mixtral/grouped_mm,mixtral/liger,autoep
+        measure layer 90 --suite layer --peers "$layer_peers"
+        measure step 210 --suite step --rounds 6 --peers "$step_peers"
         test_files training "$most_seconds" tests/gpu
         ;;
     tests)
@@ -85,8 +92,10 @@ case $parts in
         test_files training "$most_seconds" tests/gpu
         ;;
     benchmarks)
-        measure layer 180 --suite layer
-        measure step 330 --suite step --peers mixtral/eager,mixtral/grouped_mm,mixtral/liger,autoep,autoep/best
+        measure step 240 --suite step --peers "$step_peers"
+        measure layer 120 --suite layer --peers "$more_layer_peers"
+        measure more_steps 110 --suite step --rounds 6 --peers "$more_step_peers"
+        measure scaling "$most_seconds" --suite scaling
         ;;
     *)
         echo "error: $parts is not a part; there are all, tests and benchmarks." >&2

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Collect in wheels/ what a machine with a GPU but without a network lacks: DeepSpeed, Liger and what they need.
+# Collect in wheels/ what a machine with a GPU but without a network lacks: DeepSpeed, Liger and what they need, and
+# ScatterMoE, where it can be had, to be measured beside.
 #
 #   bash scripts/gpu_wheels.sh                  for Python 3.12 on x86-64 with torch, Transformers and Accelerate
 #   GPU_PYTHON=3.13 bash scripts/gpu_wheels.sh
+#   SCATTERMOE=git+file:///path/of/a/clone bash scripts/gpu_wheels.sh
 #
 # Run it where there is a network; then copy the folder beside setup.cfg of the other machine, and run gpu_check.sh there.
 # Versions are those of .venv, or of $PYTHON, where they are installed.
@@ -12,6 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 target=${GPU_PYTHON:-3.12}
 python=${PYTHON:-python3}
 if [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
+scattermoe=${SCATTERMOE:-git+https://github.com/shawntan/scattermoe}
 most_mib=64
 
 # NAME==VERSION as installed here, NAME where it is not.
@@ -48,6 +51,13 @@ mapfile -t packages < <(pinned hjson pydantic pydantic-core annotated-types typi
     datasets dill multiprocess)
 "$python" -m pip download --quiet --no-deps --only-binary=:all: --implementation cp --python-version "$target" \
     "${platforms[@]}" --platform manylinux2014_x86_64 --dest wheels "${packages[@]}" liger-kernel
+
+# It is on GitHub only; its kernels are Triton's, so that nothing is compiled.
+echo "Building ScatterMoE …"
+if ! GIT_TERMINAL_PROMPT=0 timeout 120 "$python" -m pip wheel --quiet --no-deps --no-build-isolation \
+    --wheel-dir wheels "$scattermoe" 2>/dev/null; then
+    echo "ScatterMoE cannot be had from $scattermoe here; gpu_check.sh will measure without it." >&2
+fi
 
 mib=$(du --summarize --block-size=1M wheels | cut -f1)
 ls -1 wheels

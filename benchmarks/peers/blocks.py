@@ -89,7 +89,7 @@ class Block(LayerPeer):
     def unavailable(self, case: LayerCase, device: str) -> str | None:
         if (reason := unregistered(self.implementation)) is not None:
             return reason
-        return too_large_for_batched_mm(case, device) if self.implementation == "batched_mm" else None
+        return too_large_for_batched_mm(case, case.tokens, device) if self.implementation == "batched_mm" else None
 
     def build(self, case: LayerCase, weights: dict[str, torch.Tensor]) -> Layer:
         with torch.device(weights["router"].device):
@@ -126,9 +126,9 @@ def unregistered(implementation: str) -> str | None:
     return f"no experts implementation {implementation!r} is registered in Transformers"
 
 
-def too_large_for_batched_mm(case: LayerCase | StepCase, device: str, layers: int = 1) -> str | None:
-    """Return why memory does not hold the weights of every token's experts, or `None`."""
-    rows = case.tokens * case.top_k
+def too_large_for_batched_mm(case: LayerCase | StepCase, tokens: int, device: str, layers: int = 1) -> str | None:
+    """Return why memory does not hold the weights of the experts of so many tokens at a time, or `None`."""
+    rows = tokens * case.top_k
     needed = _COPIES * layers * rows * 3 * case.width * case.hidden_size * DTYPES[case.dtype].itemsize
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
     if needed > _USABLE * free:

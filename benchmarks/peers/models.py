@@ -25,9 +25,9 @@ from moe_hf import MoEConfig, MoEForCausalLM
 from moe_hf.training.arguments import MoETrainingArguments
 
 from ..cases import StepCase
-from .autoep import BEST_OPTIONS, why_no_autoep
+from .autoep import why_no_autoep
 from .base import needs_cuda_package
-from .blocks import IMPLEMENTATIONS, OUR_KERNEL, too_large_for_batched_mm, unregistered
+from .blocks import too_large_for_batched_mm, unregistered
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _CLASSES = {"mixtral": MixtralForCausalLM, "qwen3_moe": Qwen3MoeForCausalLM, "olmoe": OlmoeForCausalLM}
@@ -104,7 +104,7 @@ class TransformersModel(ModelPeer):
         if (reason := unregistered(self.implementation)) is not None:
             return reason
         if self.implementation == "batched_mm":
-            return too_large_for_batched_mm(case, device, case.layers)
+            return too_large_for_batched_mm(case, case.micro_tokens, device, case.layers)
         return None
 
     def build(self, case: StepCase) -> PreTrainedModel:
@@ -259,17 +259,3 @@ def our_config(case: StepCase) -> MoEConfig:
         use_qk_norm=scope is not None,
         **({} if scope is None else {"qk_norm_scope": scope}),
     )
-
-
-def model_peers(family: str) -> list[ModelPeer]:
-    """Return ours first, then every peer of the step suite that has a family's architecture."""
-    grouped = f"{family}/grouped_mm"
-    return [
-        OurModel("ours"),
-        # Our kernel in another's model.
-        *(TransformersModel(f"{family}/{name}", name) for name in (OUR_KERNEL, *IMPLEMENTATIONS)),
-        OurOptimizer(f"{grouped}/our_optimizer", "grouped_mm"),
-        TransformersModel(f"{grouped}/adamw_torch", "grouped_mm", optim="adamw_torch"),
-        LigerModel(f"{family}/liger"),
-        *([AutoEPModel("autoep"), AutoEPModel("autoep/best", **BEST_OPTIONS)] if family == "mixtral" else []),
-    ]

@@ -235,6 +235,19 @@ def test_ceiling_is_told_as_of_the_same_flops(monkeypatch):
     assert time == pytest.approx(2.0 * (140 / 128) ** 3)
 
 
+def test_a_ceiling_that_is_too_large_is_several_products(monkeypatch):
+    monkeypatch.setattr("benchmarks.layer_suite._LARGEST_PRODUCT", 128)
+    monkeypatch.setattr("benchmarks.timing.CpuClock.milliseconds", lambda self: [2.0])
+    made = []
+    monkeypatch.setattr("torch.mm", lambda a, b, out: made.append(a.shape))
+    (time,) = matmul_of(3 * 2 * 128**3, torch.empty(0))().values()
+    assert time == 2.0 and made == [(128, 128)] * 3
+    made.clear()
+    (time,) = matmul_of(2.2 * 2 * 128**3, torch.empty(0))().values()
+    assert len(made) == 3 and made[0][0] <= 128
+    assert time == pytest.approx(2.0 * 2.2 * 128**3 / (3 * made[0][0] ** 3))
+
+
 def test_flops_and_minimum():
     case = LayerCase("x", tokens=10, hidden_size=8, num_experts=4, top_k=2, width=16, dtype="bf16")
     # Three matrices for each of two experts, and the router.
@@ -257,6 +270,9 @@ def test_every_peer_says_why_it_is_not_there(monkeypatch):
 def test_ours_is_always_beside_the_chosen():
     assert [peer.name for peer in choose(layer_peers(), ["mixtral/eager"])] == [OURS, "mixtral/eager"]
     assert len(choose(layer_peers(), None)) == len(layer_peers())
+    # Whoever is named first is measured first.
+    names = ["olmoe/eager", "autoep", "mixtral/eager"]
+    assert [peer.name for peer in choose(layer_peers(), names)] == [OURS, *names]
 
 
 def test_autoep_equals_the_reference(prepared, alone):

@@ -12,10 +12,10 @@ from benchmarks.peers.models import (
     AutoEPModel,
     OurModel,
     TransformersModel,
-    model_peers,
     our_config,
     transformers_config,
 )
+from benchmarks.peers.registry import model_peers
 from benchmarks.results import FAILED, MEASURED, UNAVAILABLE, Row
 from benchmarks.scaling_suite import run_scaling, slope
 from benchmarks.step_suite import (

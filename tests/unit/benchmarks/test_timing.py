@@ -1,8 +1,9 @@
 """Rounds, ratios, and the refusal on a busy machine, on given times."""
 
 import pytest
+import torch
 
-from benchmarks.timing import Rounds, interleave
+from benchmarks.timing import Rounds, clock_of, interleave
 from benchmarks.watching import Busy, LoadWatch
 
 
@@ -46,6 +47,49 @@ def test_slow_ones_run_in_fewer_rounds():
     rounds = interleave({"A": contestant("A", 1.0, order), "B": contestant("B", 1001.0, order)}, 16)
     assert order.count("A") == 18 and order.count("B") == 2 + 7
     assert rounds.ratio("A", "B", "step_ms").rounds == 7
+
+
+class Gpu:
+    """Works through its queue only when the host waits for it; a kernel takes a millisecond."""
+
+    def __init__(self, monkeypatch) -> None:
+        gpu, self.now, self.queue, self.waited = self, 0.0, [], 0
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                gpu.queue.append(self)
+
+            def elapsed_time(self, other: "Event") -> float:
+                return other.at - self.at
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.drain)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.queue.append(cycles / 2e6))
+
+    def drain(self) -> None:
+        self.waited += 1
+        for item in self.queue:
+            if isinstance(item, float):
+                self.now += item
+            else:
+                item.at = self.now
+        self.queue.clear()
+
+
+def test_gpu_waits_while_the_host_runs_ahead(monkeypatch):
+    """It waits behind what ran before and ahead of the first mark, and nobody waits for it until the end."""
+    gpu = Gpu(monkeypatch)
+    gpu.queue.append(50.0)
+    clock = clock_of("cuda")
+    assert gpu.waited == 1 and gpu.now == 50.0
+    for milliseconds in (2.0, 3.0):
+        gpu.queue.append(milliseconds)
+        clock.mark()
+    assert gpu.waited == 1 and isinstance(gpu.queue[0], float) and 5 <= gpu.queue[0] <= 20
+    assert clock.milliseconds() == pytest.approx([2.0, 5.0])
 
 
 class Meter:

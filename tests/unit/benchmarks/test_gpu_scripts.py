@@ -1,0 +1,88 @@
+"""The scripts for a GPU, with a Python that only writes down what it is asked for."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks.cases import step_cases
+from benchmarks.peers.registry import choose, layer_peers, model_peers
+from benchmarks.run import build_parser
+
+SCRIPTS = Path(__file__).parents[3] / "scripts"
+
+PYTHON = """#!/usr/bin/env bash
+echo "$*" >> "$ASKED"
+case "$*" in
+    *"pip wheel"*scattermoe*) [ -z "$SCATTERMOE_FAILS" ] && touch wheels/scattermoe-0.3.0-py3-none-any.whl ;;
+    *"pip wheel"*) touch wheels/deepspeed-0.0-py3-none-any.whl ;;
+    *"pip download"*) touch wheels/liger_kernel-0.0-py3-none-any.whl ;;
+esac
+"""
+
+
+def run(folder: Path, script: str, *words: str, **environment: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """Run a script in a folder of its own; return how it ended, and what Python was asked for."""
+    (folder / "scripts").mkdir()
+    (folder / "tests").mkdir()
+    shutil.copy(SCRIPTS / script, folder / "scripts")
+    python, asked = folder / "python", folder / "asked"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    settings = {"PATH": os.environ["PATH"], "PYTHON": str(python), "ASKED": str(asked), "SCATTERMOE_FAILS": ""}
+    command = ["bash", str(folder / "scripts" / script), *words]
+    done = subprocess.run(command, env=settings | environment, capture_output=True, text=True, timeout=60)
+    return done, asked.read_text().splitlines()
+
+
+def measured(part: str, folder: Path) -> list:
+    """Return the arguments of every run of the benchmarks, as these read them."""
+    done, asked = run(folder, "gpu_check.sh", part)
+    assert done.returncode == 0, done.stderr
+    runs = [line.split()[2:] for line in asked if line.startswith("-m benchmarks.run")]
+    return [build_parser().parse_args(words) for words in runs]
+
+
+@pytest.mark.parametrize("part", ["all", "benchmarks"])
+def test_who_matters_most_is_measured_first(tmp_path, part):
+    runs = measured(part, tmp_path)
+    suites = [arguments.suite for arguments in runs]
+    assert (
+        suites
+        == {
+            "all": [("layer",), ("step",)],
+            "benchmarks": [("step",), ("layer",), ("step",), ("scaling",)],
+        }[part]
+    )
+    step = next(arguments for arguments in runs if arguments.suite == ("step",))
+    for case in step_cases("cuda"):
+        names = [peer.name for peer in choose(model_peers(case.family), step.peers)]
+        liger = [] if case.family == "olmoe" else [f"{case.family}/liger"]
+        assert names == ["ours", f"{case.family}/grouped_mm", "ours/liger", *liger]
+    layer = next(arguments for arguments in runs if arguments.suite == ("layer",))
+    assert layer.peers[:3] == ["scattermoe", "sonicmoe", "mixtral/grouped_mm"]
+    assert sum(name.endswith("/liger") for name in layer.peers) == 1
+    known = {"layer": {peer.name for peer in layer_peers()}, "step": set()}
+    known["step"] = {peer.name for case in step_cases("cuda") for peer in model_peers(case.family)}
+    for arguments in runs[:3]:
+        assert set(arguments.peers) <= known[arguments.suite[0]]
+
+
+def test_wheels_without_scattermoe(tmp_path):
+    """One sentence says so, and the others are there."""
+    done, asked = run(tmp_path, "gpu_wheels.sh", SCATTERMOE_FAILS="yes")
+    assert done.returncode == 0, done.stderr
+    sentences = [line for line in done.stderr.splitlines() if "ScatterMoE" in line]
+    assert len(sentences) == 1 and "cannot be had from git+https://github.com/shawntan/scattermoe" in sentences[0]
+    assert {wheel.name.split("-")[0] for wheel in (tmp_path / "wheels").iterdir()} == {"deepspeed", "liger_kernel"}
+    (build,) = [line for line in asked if "scattermoe" in line]
+    assert "pip wheel" in build and "--no-deps" in build
+
+
+def test_wheels_with_scattermoe_of_a_clone(tmp_path):
+    done, asked = run(tmp_path, "gpu_wheels.sh", SCATTERMOE="git+file:///clones/scattermoe")
+    assert done.returncode == 0 and "cannot be had" not in done.stderr
+    assert (tmp_path / "wheels" / "scattermoe-0.3.0-py3-none-any.whl").exists()
+    assert any(line.endswith("git+file:///clones/scattermoe") for line in asked)
