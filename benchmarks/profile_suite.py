@@ -20,7 +20,7 @@ from .layer_suite import matmul_of, passes
 from .peers.base import LayerPeer
 from .peers.models import ModelPeer, our_config
 from .results import FAILED, UNAVAILABLE, Row
-from .step_suite import clean, make_tokens, make_weights, name_of
+from .step_suite import clean, make_tokens, make_weights, name_of, that_fits
 from .timing import Sample
 
 SUITE = "profile"
@@ -73,6 +73,7 @@ def run_step_profiles(
         peers = peers_of(case.family)
         if len(peers) < 2:
             continue  # only ours, beside nobody
+        case = that_fits(case, device)
         print(f"profile step {name_of(case)} {case.dtype}", file=sys.stderr, flush=True)
         weights, tokens = make_weights(case, device), make_tokens(case, device)
         flops = case.tokens * flops_per_token(our_config(case), case.sequence_length).matmul
