@@ -30,6 +30,9 @@ class Recipe:
     z_coef: float
     # What the routers' biases move by at every step; 0 where there are none.
     bias_update_speed: float = 0.0
+    # Share of the uniform distribution in the targets, and weight of the predictions' squared logsumexp.
+    label_smoothing: float = 0.0
+    output_z_coef: float = 0.0
 
 
 @dataclass
@@ -41,6 +44,9 @@ class Trajectory:
     family_norms: list[dict[str, float]] = field(default_factory=list)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     largest_loads: list[float] = field(default_factory=list)
+    # Of the predictions, means over the labels without a weight: (smoothed) cross-entropy, squared logsumexp.
+    cross_entropies: list[float] = field(default_factory=list)
+    output_z_losses: list[float] = field(default_factory=list)
     # For each step and sparse layer what `describe_routing` returns; and the unmasked tokens seen up to each step.
     routing: list[list[dict]] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)
@@ -139,7 +145,7 @@ def _loss_of_step(
     every_piece = [piece for pieces in micro_batches for piece in pieces]
     num_items = sum((piece["labels"][:, 1:] != -100).sum().item() for piece in every_piece)
     num_tokens = sum(piece["attention_mask"].sum().item() for piece in every_piece)
-    total = torch.zeros(())
+    total, cross_entropy, z_loss = torch.zeros(3)
     biases = _biases(model)
     assignments: list[list[int]] = [[] for _ in biases]
     routed: list[list] = [[] for _ in range(model.config.num_sparse_layers)]
@@ -150,13 +156,9 @@ def _loss_of_step(
             seen = "position_ids" if "position_ids" in piece else "attention_mask"
             ids = piece["input_ids"]
             output = model(input_ids=ids, **{seen: piece[seen]}, use_cache=False, output_router_logits=True)
-            summed = F.cross_entropy(
-                output.logits[:, :-1].float().reshape(-1, output.logits.shape[-1]),
-                piece["labels"][:, 1:].reshape(-1),
-                ignore_index=-100,
-                reduction="sum",
-            )
-            total = total + summed / num_items
+            ce, z = _prediction_terms(output.logits[:, :-1].float(), piece["labels"][:, 1:], recipe.label_smoothing)
+            total = total + (ce + recipe.output_z_coef * z) / num_items
+            cross_entropy, z_loss = cross_entropy + ce.detach() / num_items, z_loss + z.detach() / num_items
             router_logits.append(
                 [_balanced_together(logits, piece["attention_mask"], model.config) for logits in output.router_logits]
             )
@@ -173,8 +175,20 @@ def _loss_of_step(
                 if biases:
                     assignments[layer] += [expert for experts in chosen for expert in experts]
     result.routing.append([describe_routing(of_layer, model.config) for of_layer in routed])
+    result.cross_entropies.append(cross_entropy.item())
+    result.output_z_losses.append(z_loss.item())
     result.num_tokens.append(num_tokens + (result.num_tokens[-1] if result.num_tokens else 0))
     return total, assignments
+
+
+def _prediction_terms(
+    logits: torch.Tensor, labels: torch.Tensor, smoothing: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy and squared logsumexp, summed over the labels."""
+    valid = labels != -100
+    logits, labels = logits[valid], labels[valid]
+    cross_entropy = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+    return cross_entropy, logits.logsumexp(dim=-1).square().sum()
 
 
 def _balanced_together(logits: torch.Tensor, mask: torch.Tensor, config) -> list[torch.Tensor]:

@@ -300,6 +300,42 @@ DEEPSPEED = [
     ),
 ]
 
+# With the terms that are added to the cross-entropy of the predictions.
+SMOOTHED = {"label_smoothing_factor": 0.1, "config_overrides": "output_z_loss_coef=1e-3"}
+LOSSES = [
+    with_json(
+        "smoothing_of_1_in_a_pipeline",
+        "label_smoothing_factor=1.0 must be at least 0 and below 1; 0.1 is usual.",
+        SMOOTHED | {"label_smoothing_factor": 1.0, "pipeline_parallel_size": 2},
+        zero_optimization={"stage": 1},
+        expert_parallel=None,
+    ),
+    with_json(
+        "negative_z_loss_with_tp",
+        "output_z_loss_coef=-0.001 must be a finite number that is not negative.",
+        SMOOTHED | {"config_overrides": "output_z_loss_coef=-1e-3", "tensor_parallel_size": 2},
+    ),
+    with_json(
+        "smoothing_in_a_pipeline_at_stage_3",
+        "pipeline_parallel_size=2 does not go with zero_optimization.stage=3",
+        SMOOTHED | {"pipeline_parallel_size": 2},
+        zero_optimization={"stage": 3},
+        expert_parallel=None,
+    ),
+    with_json(
+        "smoothing_with_sp_and_means_of_ranks",
+        "average_tokens_across_devices=False would weigh pieces of a sequence alike",
+        SMOOTHED | {"sequence_parallel_size": 2, "average_tokens_across_devices": False},
+    ),
+    with_json(
+        "smoothing_with_tp_and_pipeline",
+        "tensor_parallel_size=2 and pipeline_parallel_size=2 do not combine, because DeepSpeed has no groups of ranks",
+        SMOOTHED | {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+        ranks=4,
+        zero_optimization={"stage": 1},
+    ),
+]
+
 DATA = [
     Case("file_not_found", {"train_file": "absent.jsonl"}, "train_file 'absent.jsonl' does not exist"),
     Case("glob_without_match", {"train_file": "absent/*.jsonl"}, "train_file 'absent/*.jsonl' matches no file"),
@@ -440,7 +476,7 @@ ONE_RANK = [
     ),
 ]
 
-CASES = [*COMMAND_LINE, *MODELS, *DEEPSPEED, *DATA, *CHECKPOINTS, *ONE_RANK]
+CASES = [*COMMAND_LINE, *MODELS, *DEEPSPEED, *LOSSES, *DATA, *CHECKPOINTS, *ONE_RANK]
 # What the others are measured by: with their flags but without their mistakes everything is well up to the training.
 BEGINS = (Patch("moe_hf.training.run.execute", raises="training begins"),)
 SOUND = [
