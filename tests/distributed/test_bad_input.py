@@ -509,7 +509,9 @@ OTHER_MACHINE = Case(
     ),
 )
 
-LAUNCHED = [case for case in CASES if case.name in ("misspelt_section", "too_little_text")]
+LAUNCHED = [
+    case for case in CASES if case.name in ("misspelt_section", "too_little_text", "smoothing_of_1_in_a_pipeline")
+]
 
 
 def prepare(case: Case, folder: Path) -> Run:

@@ -102,7 +102,7 @@ def lab(small_model, rows_file, tmp_path_factory):
 
     @cache
     def launch(ranks: int, in_stages: bool) -> None:
-        # As stages have other groups of ranks too.
+        # DeepSpeed remembers groups of experts' replicas by their size, and in a pipeline they are of other ranks.
         cells = [c for c in CELLS if (c.ranks, c.shares == "pipeline") == (ranks, in_stages)]
         run_cases(ranks, [case(cell) for cell in cells], folder / f"in_stages_{in_stages}", worker=WORKER)
 
