@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_steps import CASE, prepare
 
 from benchmarks import step_suite
-from benchmarks.cases import FAMILIES, StepCase, step_cases
+from benchmarks.cases import FAMILIES, step_cases
 from benchmarks.engines import Training, start
 from benchmarks.equality import Different
 from benchmarks.peers.models import OurModel, TransformersModel, our_config
@@ -27,13 +28,6 @@ from benchmarks.timing import Rounds
 from moe_hf.planning.flops import flops_per_token
 
 pytestmark = pytest.mark.usefixtures("alone")
-
-CASE = StepCase("small", 32, 8, 2, 24, 2, 4, 2, 96, batch=2, sequence_length=24)
-
-
-def prepare(case: StepCase):
-    tokens, weights = make_tokens(case, "cpu"), make_weights(case, "cpu")
-    return weights, tokens, Expected(case, weights, tokens)
 
 
 def with_memory(monkeypatch, gib: float) -> None:

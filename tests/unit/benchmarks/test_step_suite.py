@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_steps import CASE, prepare
 
-from benchmarks.cases import FAMILIES, StepCase, step_cases
+from benchmarks.cases import FAMILIES, step_cases
 from benchmarks.engines import start
 from benchmarks.equality import Different
 from benchmarks.peers.models import (
@@ -19,7 +20,6 @@ from benchmarks.peers.registry import model_peers
 from benchmarks.results import FAILED, MEASURED, UNAVAILABLE, Row
 from benchmarks.scaling_suite import run_scaling, slope
 from benchmarks.step_suite import (
-    Expected,
     check_gradients,
     check_losses,
     make_tokens,
@@ -30,13 +30,6 @@ from benchmarks.step_suite import (
 from moe_hf.planning.flops import flops_per_token
 
 pytestmark = pytest.mark.usefixtures("alone")
-
-CASE = StepCase("small", 32, 8, 2, 24, 2, 4, 2, 96, batch=2, sequence_length=24)
-
-
-def prepare(case: StepCase):
-    tokens, weights = make_tokens(case, "cpu"), make_weights(case, "cpu")
-    return weights, tokens, Expected(case, weights, tokens)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

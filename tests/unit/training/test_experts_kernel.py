@@ -58,10 +58,10 @@ def test_what_is_asked_for_wins(machine):
     assert choose_experts("sonicmoe", in_bfloat16=True, in_autoep=False) == "sonicmoe"
 
 
-def test_our_kernel_where_nobody_asked_and_it_cannot_be_loaded(machine, caplog):
+def test_our_kernel_where_nobody_asked_and_it_cannot_be_loaded(machine, monkeypatch, caplog):
     machine(HOPPER, True, OSError("no network"))
+    monkeypatch.setattr(experts_kernel.logger, "propagate", True)
     with caplog.at_level("WARNING", logger=experts_kernel.__name__):
-        experts_kernel.logger.propagate = True
         assert choose_experts(None, in_bfloat16=True, in_autoep=False) is None
     assert "SonicMoE cannot be loaded, so our own kernel computes the experts: no network" in caplog.text
 
