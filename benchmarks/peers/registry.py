@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import TypeVar
 
+from ..cases import FAMILIES
 from .autoep import BEST_OPTIONS, AutoEPBlock
 from .base import LayerPeer
 from .blocks import IMPLEMENTATIONS, OUR_KERNEL, Block
@@ -15,8 +16,6 @@ CEILING = "matmul"
 """Names of our row, and of one dense matrix product of the same FLOPs."""
 
 Peer = TypeVar("Peer", LayerPeer, ModelPeer)
-
-FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
 
 
 def layer_peers() -> list[LayerPeer]:
