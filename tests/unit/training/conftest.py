@@ -1,7 +1,10 @@
-"""What the tests of whole runs, `test_run_*.py`, train with, and one run that many of them look at."""
+"""What the tests of whole runs, `test_run_*.py`, train with, one run that many of them look at, and offline wandb."""
+
+from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from accelerate.state import AcceleratorState
 from run_lab import EVERY_THIRD, Lab
 from small import GLOBAL_MICRO_BATCH, NUM_STEPS, make_rows, save_small_model
@@ -30,3 +33,14 @@ def evaluated(lab) -> dict[str, float]:
     AcceleratorState._reset_state(reset_partial_state=True)
     evaluation = {"do_eval": True, "validation_file": lab.folder / "evaluation.jsonl", "per_device_eval_batch_size": 2}
     return lab.train("evaluated", **EVERY_THIRD, **evaluation)
+
+
+@pytest.fixture
+def wandb_folder(tmp_path, monkeypatch) -> Path:
+    """Where an offline wandb writes its runs: a process reads the environment once, unless wandb is torn down."""
+    settings = {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "CONSOLE": "off"}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    wandb.teardown()
+    yield tmp_path / "wandb"
+    wandb.teardown()

@@ -31,27 +31,21 @@ def test_metrics_file_holds_every_log_entry(lab, evaluated):
     assert [line["eval_loss"] for line in lines if "eval_loss" in line] == [evaluated["eval_loss"]]
 
 
-def test_reporters_get_every_metric(lab, tmp_path, monkeypatch):
+def test_reporters_get_every_metric(lab, tmp_path, wandb_folder):
     """Wandb without an account, and TensorBoard where it is installed."""
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ImportError:
         EventAccumulator = None
-    settings = {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "CONSOLE": "off"}
-    for name, value in settings.items():
-        monkeypatch.setenv(f"WANDB_{name}", value)
     arguments = tmp_path / "arguments.yaml"
     arguments.write_text(f"report_to: [{'wandb, tensorboard' if EventAccumulator else 'wandb'}]\n")
-    try:
-        lab.train("reported", str(arguments), max_steps=2)
-    finally:
-        wandb.finish()
-        wandb.teardown()
+    lab.train("reported", str(arguments), max_steps=2)
+    wandb.finish()
     lines = [json.loads(line) for line in (lab.folder / "reported" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     names = ("loss", "ce_loss", "aux_loss/layer_1", "z_loss/layer_3", "tokens_per_second", "grad_norm", "skipped_steps")
 
-    (record,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    (record,) = wandb_folder.glob("offline-run-*/run-*.wandb")
     recorded = record.read_bytes()
     assert all(f"train/{name}".encode() in recorded for name in names)
     assert all(str(entry["loss"]).encode() in recorded for entry in steps)

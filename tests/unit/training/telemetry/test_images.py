@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import wandb
 from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
@@ -141,19 +142,13 @@ def test_tensorboard_without_a_writer_gets_nothing(tmp_path, drawn):
     assert Run(tmp_path, 10, callbacks=[TensorBoardCallback()]).log_until(10, 10).steps == [10]
 
 
-def test_wandb_offline_holds_the_images(tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
+def test_wandb_offline_holds_the_images(tmp_path, wandb_folder):
     callback = WandbCallback()
     args = TrainingArguments(str(tmp_path / "out"), report_to=[], use_cpu=True)
     callback.setup(args, TrainerState(is_world_process_zero=True), model=None)
-    try:
-        Run(tmp_path, 20, callbacks=[callback]).log_until(40, 10)
-    finally:
-        wandb.finish()
-    images = list(tmp_path.glob("wandb/offline-run-*/files/media/images/router/expert_load_*.png"))
+    Run(tmp_path, 20, callbacks=[callback]).log_until(40, 10)
+    wandb.finish()
+    images = list(wandb_folder.glob("offline-run-*/files/media/images/router/expert_load_*.png"))
     images.sort(key=lambda path: int(path.name.split("_")[2]))  # expert_load_N_HASH.png, N its place in the history
     for image, drawn in zip(images, sorted((tmp_path / "router_images").glob("*.png")), strict=True):
         assert_same_picture(Image.open(image), drawn)
