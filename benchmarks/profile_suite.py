@@ -20,7 +20,8 @@ from .layer_suite import matmul_of, passes
 from .peers.base import LayerPeer
 from .peers.models import ModelPeer, our_config
 from .results import FAILED, UNAVAILABLE, Row
-from .step_suite import clean, make_tokens, make_weights, name_of, that_fits
+from .step_equality import make_tokens, make_weights
+from .step_suite import clean, name_of, that_fits
 from .timing import Sample
 
 SUITE = "profile"

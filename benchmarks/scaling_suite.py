@@ -20,7 +20,8 @@ from .layer_suite import admit, count_layer, passes
 from .peers.base import LayerPeer
 from .peers.models import ModelPeer
 from .results import FAILED, MEASURED, UNAVAILABLE, Row
-from .step_suite import Expected, check_gradients, clean, make_tokens, make_weights
+from .step_equality import Expected, check_gradients, make_tokens, make_weights
+from .step_suite import clean
 from .timing import Sample, Watch, clock_of, interleave
 
 SUITE = "scaling"

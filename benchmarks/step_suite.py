@@ -8,28 +8,26 @@ from itertools import chain
 
 import psutil
 import torch
-from torch import nn
 
 from moe_hf.planning.flops import flops_per_token
 
 from .cases import DTYPES, TOLERANCES, StepCase
 from .counting import counted_synchronisations, memory_use
 from .engine_states import gradients_of, optimizer_states_of, storages, weights_of
-from .engines import ADAM_EPSILON, LEARNING_RATE, MAX_GRAD_NORM, Training, start
-from .equality import filling_uninitialized_memory, poison, refuse_large, relative_error
+from .engines import Training, start
+from .equality import poison
 from .layer_suite import add_rates, matmul_of
-from .peers.models import ModelPeer, TransformersModel, our_config
+from .peers.models import ModelPeer, our_config
 from .peers.registry import CEILING, OURS
 from .results import FAILED, MEASURED, UNAVAILABLE, Row
+from .step_equality import Expected, check_gradients, check_losses, make_tokens, make_weights
 from .timing import Rounds, Sample, Watch, interleave
 
 SUITE = "step"
-_CHECKED_STEPS = 3
 
-# Micro-batches of the steps that are checked, at most, and tokens that the reference takes at a time: in float32 and
-# with plain PyTorch a whole step would take longer than all that is timed.
+# Micro-batches of the steps that are checked, at most: in float32 and with plain PyTorch a whole step would take longer
+# than all that is timed.
 _CHECKED_MICRO_BATCHES = 2
-_REFERENCE_TOKENS = 8192
 
 # Weights, gradients, the optimizer's copy and its two moments; of a device's memory, what may be used.
 _STATE_BYTES = 16
@@ -115,62 +113,6 @@ def _run_case(case: StepCase, peers: list[ModelPeer], device: str, num_rounds: i
     yield from rows.values()
 
 
-def make_tokens(case: StepCase, device: str) -> torch.Tensor:
-    """Draw tokens of a whole step, as frequent as words, `(A * B, S)`."""
-    draw = torch.Generator().manual_seed(1)
-    frequencies = 1 / torch.arange(1, case.vocab_size + 1)
-    tokens = torch.multinomial(frequencies, case.tokens, replacement=True, generator=draw)
-    return tokens.view(-1, case.sequence_length).to(device)
-
-
-def make_weights(case: StepCase, device: str) -> dict[str, torch.Tensor]:
-    """Draw the weights of all models, as Transformers initialises them.
-
-    On a GPU they are rounded to the precision of training, so that they can stay there for all who begin with them.
-    """
-    torch.manual_seed(0)
-    with torch.device(device):
-        weights = _reference().build(case).state_dict()
-    dtype = torch.float32 if device == "cpu" else DTYPES[case.dtype]
-    return {name: weight.to(dtype) for name, weight in weights.items()}
-
-
-def _reference() -> TransformersModel:
-    return TransformersModel("reference", "eager")
-
-
-class Expected:
-    """Of the model in float32 with plain PyTorch: the gradients, and the losses of three steps.
-
-    Args:
-        case: the model.
-        weights: of the model.
-        tokens: of every step, `(A * B, S)`; of gradients too the mean over all of them is taken.
-        with_gradients: whether they are asked for.
-    """
-
-    def __init__(
-        self, case: StepCase, weights: dict[str, torch.Tensor], tokens: torch.Tensor, *, with_gradients: bool = True
-    ) -> None:
-        peer = _reference()
-        model = peer.load(case, weights, tokens.device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=ADAM_EPSILON, weight_decay=0.0)
-        self.losses, self.gradients = [], {}
-        for step in range(_CHECKED_STEPS):
-            loss = 0.0
-            # All sequences are equally long.
-            for sequences in tokens.split(max(1, _REFERENCE_TOKENS // case.sequence_length)):
-                part = peer.loss(model, sequences) * (len(sequences) / len(tokens))
-                part.backward()
-                loss += float(part.detach())
-            if step == 0 and with_gradients:
-                self.gradients = {name: p.grad.to("cpu", copy=True) for name, p in model.named_parameters()}
-            nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-            optimizer.step()
-            optimizer.zero_grad()
-            self.losses.append(loss)
-
-
 def _admit(peer: ModelPeer, case: StepCase, weights, tokens, expected: Expected, row: Row, timed: StepCase) -> bool:
     """Compare a peer with the reference and count; where it fails, write down why.
 
@@ -204,46 +146,6 @@ def _admit(peer: ModelPeer, case: StepCase, weights, tokens, expected: Expected,
             training.end()
         clean(device)
     return True
-
-
-def check_gradients(
-    peer: ModelPeer,
-    case: StepCase,
-    weights: dict[str, torch.Tensor],
-    tokens: torch.Tensor,
-    expected: Expected,
-    device: str,
-) -> dict[str, float]:
-    """Return the relative errors of the gradients of all weights, of the model in float32 and of cross-entropy alone.
-
-    On a GPU only that of the loss, in the precision of training: most kernels there are of 16 bits, in which a rounded
-    layer lets the next one choose other experts. What they compute is compared in the suite `layer`.
-
-    Raises:
-        Different: one is larger than the precision allows.
-    """
-    model = peer.load(case, weights, tokens.device)
-    if device == "cuda":
-        with torch.no_grad():
-            loss = float(peer.cross_entropy(model.to(DTYPES[case.dtype]), tokens)[1])
-        error = abs(loss - expected.losses[0]) / expected.losses[0]
-        return refuse_large({"loss": error}, TOLERANCES[case.dtype])
-    with filling_uninitialized_memory():
-        peer.cross_entropy(model, tokens)[1].backward()
-    found = {name: parameter.grad for name, parameter in model.named_parameters()}
-    errors = {f"gradient of {name}": relative_error(found.get(name), v) for name, v in expected.gradients.items()}
-    return refuse_large(errors, TOLERANCES["fp32"])
-
-
-def check_losses(training: Training, expected: list[float], tolerance: float) -> dict[str, float]:
-    """Train for some steps, and return the relative errors of their cross-entropies.
-
-    Raises:
-        Different: one is larger than the tolerance.
-    """
-    found = [float(training.step()[1]) for _ in expected]
-    errors = {f"loss of step {i + 1}": abs(a - b) / b for i, (a, b) in enumerate(zip(found, expected, strict=True))}
-    return refuse_large(errors, tolerance)
 
 
 def count_step(training: Training, accumulation: int) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks.cases import StepCase
-from benchmarks.step_suite import Expected, make_tokens, make_weights
+from benchmarks.step_equality import Expected, make_tokens, make_weights
 
 CASE = StepCase("small", 32, 8, 2, 24, 2, 4, 2, 96, batch=2, sequence_length=24)
 

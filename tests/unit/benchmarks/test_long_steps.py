@@ -13,17 +13,8 @@ from benchmarks.equality import Different
 from benchmarks.peers.models import OurModel, TransformersModel, our_config
 from benchmarks.peers.registry import model_peers
 from benchmarks.results import FAILED, MEASURED
-from benchmarks.step_suite import (
-    Expected,
-    check_gradients,
-    check_losses,
-    count_step,
-    make_tokens,
-    make_weights,
-    run_steps,
-    side_by_side,
-    that_fits,
-)
+from benchmarks.step_equality import Expected, check_gradients, check_losses, make_tokens, make_weights
+from benchmarks.step_suite import count_step, run_steps, side_by_side, that_fits
 from benchmarks.timing import Rounds
 from moe_hf.planning.flops import flops_per_token
 

@@ -12,7 +12,7 @@ from benchmarks.cases import StepCase
 from benchmarks.peers import our_models
 from benchmarks.peers.models import OurModel
 from benchmarks.peers.registry import model_peers
-from benchmarks.step_suite import Expected, check_gradients, make_tokens, make_weights
+from benchmarks.step_equality import Expected, check_gradients, make_tokens, make_weights
 from moe_hf.errors import ConfigError
 from moe_hf.modeling_moe import MoERMSNorm
 

@@ -19,14 +19,8 @@ from benchmarks.peers.models import (
 from benchmarks.peers.registry import model_peers
 from benchmarks.results import FAILED, MEASURED, UNAVAILABLE, Row
 from benchmarks.scaling_suite import run_scaling, slope
-from benchmarks.step_suite import (
-    check_gradients,
-    check_losses,
-    make_tokens,
-    make_weights,
-    run_steps,
-    side_by_side,
-)
+from benchmarks.step_equality import check_gradients, check_losses, make_tokens, make_weights
+from benchmarks.step_suite import run_steps, side_by_side
 from moe_hf.planning.flops import flops_per_token
 
 pytestmark = pytest.mark.usefixtures("alone")
