@@ -32,7 +32,6 @@ run_suite() {
 
 setup_venv test
 setup_browser
-setup_libaio
 if [[ " $* " == *" --slow "* ]]; then
     setup_ssh
     setup_libaio
