@@ -19,8 +19,8 @@ IGNORED_LABEL = -100
 
 # Logits that exist at one time, 128 MiB of them in float32: some hundreds of tokens with a vocabulary of 50 thousand.
 _MAX_LOGITS = 2**25
-# On a CPU fewer tokens leave more of a chunk in its caches, and more do not make the matrix products faster.
-_MAX_TOKENS_ON_CPU = 512
+# Of these, whose probabilities in float32 are there at one time on a CPU: 2 MiB, which its caches hold.
+_MAX_PROBABILITIES_ON_CPU = 2**19
 # What matrix products on GPUs like the number of tokens to be a multiple of.
 _TILE = 64
 
@@ -143,7 +143,7 @@ class _Chunks:
         computed_in = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         self.weight, self.precise = weight.to(computed_in), torch.promote_types(weight.dtype, torch.float32)
         self._hidden_states, self._labels, self._terms = hidden_states, labels, terms
-        self._size = min(len(labels), _chunk_size(len(weight), device))
+        self._size = min(len(labels), _chunk_size(len(weight)))
 
     def rows(self) -> Iterator[slice]:
         """Yield which tokens each chunk has; one chunk without tokens if there are none."""
@@ -160,7 +160,7 @@ class _Chunks:
         """
         logits = self.weight.new_empty(self._size, len(self.weight))
         fused = self._terms.fused and has_fused_losses(logits)
-        probabilities = None if fused else torch.empty_like(logits, dtype=self.precise)
+        probabilities = None if fused else logits.new_empty(_block_size(logits), len(self.weight), dtype=self.precise)
         for rows in self.rows():
             hidden_states, labels = self.hidden_states(rows), self._labels[rows]
             of_chunk = logits[: len(labels)]
@@ -170,19 +170,40 @@ class _Chunks:
                 smoothing, z_loss_coef = self._terms.label_smoothing, self._terms.z_loss_coef
                 yield *fused_losses(of_chunk, labels, IGNORED_LABEL, smoothing, z_loss_coef, with_gradient), of_chunk
             else:
-                yield _losses(of_chunk, labels, self._terms, probabilities[: len(labels)], with_gradient)
+                yield *self._by_blocks(of_chunk, labels, probabilities, with_gradient), of_chunk
+
+    def _by_blocks(
+        self, logits: torch.Tensor, labels: torch.Tensor, probabilities: torch.Tensor, with_gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return losses and z-losses of a chunk; `probabilities` is memory for those of a block of its tokens."""
+        losses, z_losses = [], []
+        for block, of_block in zip(logits.split(len(probabilities)), labels.split(len(probabilities)), strict=True):
+            found = _losses(block, of_block, self._terms, probabilities[: len(block)], with_gradient)
+            losses.append(found[0])
+            z_losses.append(found[1])
+        return torch.cat(losses), torch.cat(z_losses)
 
 
-def _chunk_size(vocab_size: int, device: str) -> int:
+def _chunk_size(vocab_size: int) -> int:
     size = max(1, _MAX_LOGITS // vocab_size)
-    size = min(size, _MAX_TOKENS_ON_CPU) if device == "cpu" else size
     return size - size % _TILE if size > _TILE else size
+
+
+def _block_size(logits: torch.Tensor) -> int:
+    """Return of how many tokens at one time the probabilities are computed, of a chunk's `(C, V)` logits."""
+    tokens, vocab_size = logits.shape
+    if logits.device.type == "cpu":
+        tokens = min(tokens, _MAX_PROBABILITIES_ON_CPU // vocab_size)
+    return max(1, tokens)
 
 
 def _losses(
     logits: torch.Tensor, labels: torch.Tensor, terms: LossTerms, probabilities: torch.Tensor, with_gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return what `_Chunks.losses` yields; `probabilities` is memory for them."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `(T,)` losses and z-losses, and write the gradient into the logits if it is wanted.
+
+    `probabilities` is memory for them, in the dtype of the losses.
+    """
     precise = probabilities.dtype
     torch.softmax(logits, dim=-1, dtype=precise, out=probabilities)
     valid = labels != IGNORED_LABEL
@@ -199,13 +220,14 @@ def _losses(
     z_losses = (terms.z_loss_coef * logsumexp.square()).masked_fill(~valid, 0.0)
     losses = (losses + log_sum).masked_fill(~valid, 0.0) + z_losses
     if not with_gradient:
-        return losses, z_losses, None
+        return losses, z_losses
     counted = valid.to(precise).unsqueeze(-1)
     gradient = probabilities.mul_(counted * (1 + 2 * terms.z_loss_coef * logsumexp.unsqueeze(-1)))
     if smoothing:
         gradient.sub_(counted * (smoothing / logits.shape[-1]))
     gradient.scatter_add_(1, target, counted * (smoothing - 1))
-    return losses, z_losses, gradient if precise == logits.dtype else logits.copy_(gradient)
+    logits.copy_(gradient)
+    return losses, z_losses
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

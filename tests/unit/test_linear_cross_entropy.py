@@ -13,10 +13,10 @@ TOKENS, HIDDEN, VOCAB = 37, 16, 50
 TERMS = [LossTerms(), LossTerms(0.1), LossTerms(0.0, 1e-2), LossTerms(0.3, 1e-2)]
 
 
-@pytest.fixture(params=[1, 5, 1000])
-def tokens_at_once(request, monkeypatch) -> int:
-    monkeypatch.setattr(moe_hf.linear_cross_entropy, "_MAX_LOGITS", request.param * VOCAB)
-    return request.param
+@pytest.fixture(params=[(1, 1), (5, 2), (1000, 4), (1000, 1000)], ids="{0[0]} tokens, {0[1]} together".format)
+def tokens_at_once(request, monkeypatch) -> None:
+    for name, tokens in zip(("_MAX_LOGITS", "_MAX_PROBABILITIES_ON_CPU"), request.param, strict=True):
+        monkeypatch.setattr(moe_hf.linear_cross_entropy, name, tokens * VOCAB)
 
 
 def case(dtype: torch.dtype = torch.float32, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -146,9 +146,10 @@ def test_memory_is_that_of_the_gradients_and_of_one_chunk(monkeypatch, dtype):
     """Four times the tokens, or four times the vocabulary, or both: the logits take no more."""
     budget, hidden_size, size = 2**16, 8, torch.finfo(dtype).bits // 8
     monkeypatch.setattr(moe_hf.linear_cross_entropy, "_MAX_LOGITS", budget)
+    monkeypatch.setattr(moe_hf.linear_cross_entropy, "_MAX_PROBABILITIES_ON_CPU", budget // 4)
     for num_tokens, vocab_size in ((256, 1024), (1024, 1024), (256, 4096), (1024, 4096)):
-        # Probabilities in float32 beside the logits, and what is known of each token of the chunk.
-        chunk = (4 + size) * budget + 100 * (budget // vocab_size)
+        # A quarter's probabilities in float32 beside the logits, and what is known of each token of the chunk.
+        chunk = (1 + size) * budget + 100 * (budget // vocab_size)
         of_tokens = num_tokens * (2 * size * hidden_size + 8)
         # In 16 bits the sum is kept in float32, and rounded at last.
         of_weight = (2 * size + (4 if size < 4 else 0)) * vocab_size * hidden_size
