@@ -5,9 +5,10 @@
 #   bash scripts/gpu_check.sh tests             only the former
 #   bash scripts/gpu_check.sh benchmarks        only the latter, beside more peers, and the suite scaling
 #
-# Every part has a limit; one that comes to it is stopped and leaves what it has. Results are in benchmarks/results/.
+# Every part has a limit; one that comes to it is stopped and leaves what it has. Results are in benchmarks/results/. The
+# exit status is 1 where a test or a benchmark failed, or tests were left over: what was not run has not passed.
 # Uses .venv where there is one, else $PYTHON or python3 with the packages installed there, and besides those of wheels/,
-# which scripts/gpu_wheels.sh fills on a machine with a network. Tested with Python 3.12, torch 2.11, Transformers 5.17.
+# which scripts/gpu_wheels.sh fills on a machine with a network. Written for Python 3.12, torch 2.11, Transformers 5.17.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -36,22 +37,27 @@ print(f"{device}, torch {torch.__version__}, deepspeed {deepspeed.__version__}, 
 PY
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-summary="" failed=0
-# part NAME SECONDS COMMAND…: run a command for at most so long, and no longer than is left of all.
+summary="" failed=0 whole=yes
+# part NAME SECONDS SIGNAL COMMAND…: run a command for at most so long, and no longer than is left of all, then send it
+# the signal; `whole` says whether it came to its end.
 part() {
-    local name=$1 limit=$2 left=$((most_seconds - SECONDS)) status=0 began=$SECONDS verdict
-    shift 2
-    if [ "$left" -lt 15 ]; then
+    local name=$1 limit=$2 signal=$3 left=$((most_seconds - SECONDS - 10)) status=0 began=$SECONDS verdict
+    shift 3
+    whole=no
+    if [ "$left" -lt 5 ]; then
         summary+="$name: not begun, no time was left"$'\n'
         return
     fi
     echo "== $name" >&2
-    timeout --signal=TERM --kill-after=10 "$((limit < left - 10 ? limit : left - 10))" "$@" || status=$?
-    case $status in
-        0) verdict=done ;;
-        124 | 137) verdict="stopped at its limit" ;;
-        *) verdict="FAILED with $status" failed=1 ;;
-    esac
+    limit=$((limit < left ? limit : left))
+    timeout --signal="$signal" --kill-after=10 "$limit" "$@" || status=$?
+    # Killed before its limit, it took too much memory.
+    if [ "$status" -eq 124 ] || { [ "$status" -eq 137 ] && [ "$((SECONDS - began))" -ge "$limit" ]; }; then
+        verdict="stopped at its limit"
+    else
+        whole=yes verdict=done
+        [ "$status" -eq 0 ] || verdict="FAILED with $status" failed=1
+    fi
     summary+="$name: $verdict, $((SECONDS - began)) s"$'\n'
 }
 
@@ -59,7 +65,7 @@ part() {
 measure() {
     local name=$1 limit=$2
     shift 2
-    part "$name" "$limit" "$python" -m benchmarks.run --device cuda "$@" --output "$results/$name.json" \
+    part "$name" "$limit" TERM "$python" -m benchmarks.run --device cuda "$@" --output "$results/$name.json" \
         >"$results/$name.md" 2> >(tee "$results/$name.log" >&2)
     cat "$results/$name.md"
 }
@@ -68,7 +74,11 @@ measure() {
 test_files() {
     local name=$1 limit=$2
     shift 2
-    [ $# -eq 0 ] || part "$name" "$limit" "$python" -m pytest "$@" -m gpu --durations=5 -p no:cacheprovider
+    # Interrupted, pytest still tells which tests have failed.
+    part "$name" "$limit" INT "$python" -m pytest "$@" -m gpu --verbose --durations=5 -p no:cacheprovider
+    [ "$whole" = yes ] && return
+    summary+="$name: FAILED, because not all of its tests were run; with more time: $python -m pytest -m gpu $*"$'\n'
+    failed=1
 }
 
 # Of each suite who matters most comes first, and the least important is what time cuts off. All families have the same

@@ -19,6 +19,8 @@ case "$*" in
     *"pip wheel"*scattermoe*) [ -z "$SCATTERMOE_FAILS" ] && touch wheels/scattermoe-0.3.0-py3-none-any.whl ;;
     *"pip wheel"*) touch wheels/deepspeed-0.0-py3-none-any.whl ;;
     *"pip download"*) touch wheels/liger_kernel-0.0-py3-none-any.whl ;;
+    *"-m pytest"*) exit "${PYTEST_STATUS:-0}" ;;
+    *"-m benchmarks.run"*) exit "${BENCHMARK_STATUS:-0}" ;;
 esac
 """
 
@@ -68,6 +70,27 @@ def test_who_matters_most_is_measured_first(tmp_path, part):
     known["step"] = {peer.name for case in step_cases("cuda") for peer in model_peers(case.family)}
     for arguments in runs[:3]:
         assert set(arguments.peers) <= known[arguments.suite[0]]
+
+
+@pytest.mark.parametrize(
+    ("status", "returned", "sentence"),
+    [
+        ({}, 0, "training: done"),
+        ({"PYTEST_STATUS": "1"}, 1, "training: FAILED with 1"),
+        ({"PYTEST_STATUS": "124"}, 1, "training: FAILED, because not all of its tests were run; with more time: "),
+        ({"PYTEST_STATUS": "137"}, 1, "training: FAILED with 137"),
+        ({"SECONDS": "520"}, 1, "training: FAILED, because not all of its tests were run; with more time: "),
+        ({"BENCHMARK_STATUS": "1"}, 1, "step: FAILED with 1"),
+        ({"BENCHMARK_STATUS": "124"}, 0, "step: stopped at its limit"),
+    ],
+    ids=str,
+)
+def test_only_what_was_run_has_passed(status, returned, sentence, tmp_path):
+    """124 is what `timeout` returns at a limit, SECONDS how long Bash says that the script has run."""
+    done, _ = run(tmp_path, "gpu_check.sh", **status)
+    summary = (tmp_path / "benchmarks" / "results" / "summary.txt").read_text()
+    assert done.returncode == returned and any(line.startswith(sentence) for line in summary.splitlines()), summary
+    assert done.stdout.endswith(summary)
 
 
 def test_wheels_without_scattermoe(tmp_path):
