@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Test and measure on a GPU, in under nine minutes, also on a machine without a network.
 #
-#   bash scripts/gpu_check.sh                   tests marked gpu, and the suites layer and step of benchmarks/
-#   bash scripts/gpu_check.sh tests             only the former
-#   bash scripts/gpu_check.sh benchmarks        only the latter, beside more peers, and the suite scaling
+#   bash scripts/gpu_check.sh                   tests of kernels, the suites layer and step of benchmarks/, some training
+#   bash scripts/gpu_check.sh tests             all tests marked gpu: the same, and training with every shipped JSON
+#   bash scripts/gpu_check.sh benchmarks        the two suites beside more peers, and the suite scaling
 #
 # Every part has a limit; one that comes to it is stopped and leaves what it has. Results are in benchmarks/results/. The
 # exit status is 1 where a test or a benchmark failed, or tests were left over: what was not run has not passed.
@@ -70,14 +70,14 @@ measure() {
     cat "$results/$name.md"
 }
 
-# test_files NAME SECONDS FILE…: run tests marked gpu.
+# test_files NAME SECONDS FILE…: run the tests marked gpu.
 test_files() {
     local name=$1 limit=$2
     shift 2
     # Interrupted, pytest still tells which tests have failed.
     part "$name" "$limit" INT "$python" -m pytest "$@" -m gpu --verbose --durations=5 -p no:cacheprovider
     [ "$whole" = yes ] && return
-    summary+="$name: FAILED, because not all of its tests were run; with more time: $python -m pytest -m gpu $*"$'\n'
+    summary+="$name: FAILED, because not all of its tests were run; with more time: $python -m pytest -m gpu ${*@Q}"$'\n'
     failed=1
 }
 
@@ -88,18 +88,21 @@ readonly more_layer_peers=$layer_peers,megablocks,tutel,mixtral/eager
 readonly step_peers=mixtral/grouped_mm,olmoe/grouped_mm,qwen3_moe/grouped_mm,ours/liger,mixtral/liger,qwen3_moe/liger
 readonly more_step_peers=autoep,autoep/best,ours/sonicmoe,ours/compiled,mixtral/eager
 
-# Kernels in one process are tested first, what launches training last: it takes longest.
-mapfile -t quick < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | grep -v '^tests/gpu/' | sort)
+# Nothing is measured before it is known to be right, so kernels are tested first. Each of the trainings is a launch of
+# its own, of some 20 seconds: there is time for all of them only where nothing is measured.
+readonly training=tests/gpu/test_gpu.py
+readonly trained="$training::test_a_shipped_json_trains_exports_and_generates"
+quick=(tests/gpu/test_experts_triton.py tests/gpu/test_liger.py "$training::test_cuda_gives_the_losses_of_the_cpu")
 case $parts in
     all)
-        test_files kernels 90 "${quick[@]}"
+        test_files kernels 140 "${quick[@]}"
         measure layer 90 --suite layer --peers "$layer_peers"
         measure step 210 --suite step --rounds 6 --peers "$step_peers"
-        test_files training "$most_seconds" tests/gpu
+        test_files training "$most_seconds" "$trained[zero3_ep.json-sdpa]" "$trained[zero2_ep.json-sdpa]"
         ;;
     tests)
-        test_files kernels 120 "${quick[@]}"
-        test_files training "$most_seconds" tests/gpu
+        test_files kernels 140 "${quick[@]}"
+        test_files training "$most_seconds" "$training"
         ;;
     benchmarks)
         measure step 240 --suite step --peers "$step_peers"

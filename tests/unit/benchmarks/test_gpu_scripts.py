@@ -1,6 +1,7 @@
 """The scripts for a GPU, with a Python that only writes down what it is asked for."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,7 +12,9 @@ from benchmarks.cases import step_cases
 from benchmarks.peers.registry import choose, layer_peers, model_peers
 from benchmarks.run import build_parser
 
-SCRIPTS = Path(__file__).parents[3] / "scripts"
+ROOT = Path(__file__).parents[3]
+SCRIPTS = ROOT / "scripts"
+MARK = ".".join(["pytest", "mark", "gpu"])  # not to be found in this file
 
 PYTHON = """#!/usr/bin/env bash
 echo "$*" >> "$ASKED"
@@ -70,6 +73,34 @@ def test_who_matters_most_is_measured_first(tmp_path, part):
     known["step"] = {peer.name for case in step_cases("cuda") for peer in model_peers(case.family)}
     for arguments in runs[:3]:
         assert set(arguments.peers) <= known[arguments.suite[0]]
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ("all", ["kernels", "layer", "step", "training"]),
+        ("tests", ["kernels", "training"]),
+        ("benchmarks", ["step", "layer", "more_steps", "scaling"]),
+    ],
+)
+def test_kernels_are_tested_before_they_are_measured(part, expected, tmp_path):
+    done, asked = run(tmp_path, "gpu_check.sh", part)
+    assert [line.removeprefix("== ") for line in done.stderr.splitlines() if line.startswith("== ")] == expected
+    # What each of them asks Python for, in this order; all tests are those marked gpu.
+    asked = [line.split() for line in asked if line.startswith(("-m pytest", "-m benchmarks.run"))]
+    tests = [words[2 : words.index("-m", 2)] for words in asked if words[1] == "pytest"]
+    assert all("-m gpu" in " ".join(words[2:]) for words in asked if words[1] == "pytest")
+    assert [words[1] == "pytest" for words in asked] == [name in ("kernels", "training") for name in expected]
+    if part != "benchmarks":
+        assert tests[0][:2] == ["tests/gpu/test_experts_triton.py", "tests/gpu/test_liger.py"]
+        assert all(name.startswith("tests/gpu/test_gpu.py") for name in tests[1])
+    if part == "tests":
+        marked = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py") if MARK in path.read_text()}
+        assert {name for names in tests for name in names if "::" not in name} == marked
+    for name in (name for names in tests for name in names if "::" in name):
+        file, function, json = re.fullmatch(r"(.+)::(\w+)(?:\[(.+)-sdpa\])?", name).groups()
+        assert f"def {function}(" in (ROOT / file).read_text()
+        assert json is None or (ROOT / "ds_configs" / json).exists()
 
 
 @pytest.mark.parametrize(
