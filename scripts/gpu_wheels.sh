@@ -31,6 +31,11 @@ for name in sys.argv[1:]:
 PY
 }
 
+# NAME with the bounds that setup.cfg gives.
+bounded() {
+    sed -n "s/^ *\($1 *[<>=].*\)/\1/p" setup.cfg
+}
+
 rm -rf wheels
 mkdir wheels
 
@@ -50,7 +55,7 @@ for glibc in 28 27 24 17; do platforms+=(--platform "manylinux_2_${glibc}_x86_64
 mapfile -t packages < <(pinned hjson pydantic pydantic-core annotated-types typing-inspection typing-extensions \
     datasets dill multiprocess)
 "$python" -m pip download --quiet --no-deps --only-binary=:all: --implementation cp --python-version "$target" \
-    "${platforms[@]}" --platform manylinux2014_x86_64 --dest wheels "${packages[@]}" liger-kernel
+    "${platforms[@]}" --platform manylinux2014_x86_64 --dest wheels "${packages[@]}" "$(bounded liger-kernel)"
 
 # It is on GitHub only; its kernels are Triton's, so that nothing is compiled.
 echo "Building ScatterMoE …"

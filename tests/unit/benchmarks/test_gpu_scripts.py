@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ def run(folder: Path, script: str, *words: str, **environment: str) -> tuple[sub
     (folder / "scripts").mkdir()
     (folder / "tests").mkdir()
     shutil.copy(SCRIPTS / script, folder / "scripts")
+    shutil.copy(ROOT / "setup.cfg", folder)
     python, asked = folder / "python", folder / "asked"
     python.write_text(PYTHON)
     python.chmod(0o755)
@@ -133,6 +135,16 @@ def test_wheels_without_scattermoe(tmp_path):
     assert {wheel.name.split("-")[0] for wheel in (tmp_path / "wheels").iterdir()} == {"deepspeed", "liger_kernel"}
     (build,) = [line for line in asked if "scattermoe" in line]
     assert "pip wheel" in build and "--no-deps" in build
+
+
+def test_wheels_have_the_liger_that_is_known(tmp_path):
+    """The loss takes another one's kernel for unknown, and would not be fused."""
+    _, asked = run(tmp_path, "gpu_wheels.sh")
+    (download,) = [line for line in asked if "pip download" in line]
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    (bounds,) = config["options.extras_require"]["liger"].split("\n")[1:]
+    assert re.fullmatch(r"liger-kernel >=[\d.]+,<[\d.]+", bounds) and download.endswith(f" {bounds}")
 
 
 def test_wheels_with_scattermoe_of_a_clone(tmp_path):
