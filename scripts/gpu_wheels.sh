@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Collect in wheels/ what a machine with a GPU but without a network lacks: DeepSpeed, Liger and what they need, and
-# ScatterMoE, where it can be had, to be measured beside.
+# ScatterMoE, where it can be had, to be measured beside. Other peers are too large for it, or have to be compiled.
 #
 #   bash scripts/gpu_wheels.sh                  for Python 3.12 on x86-64 with torch, Transformers and Accelerate
 #   GPU_PYTHON=3.13 bash scripts/gpu_wheels.sh
@@ -71,3 +71,6 @@ if [ "$mib" -gt "$most_mib" ]; then
     exit 1
 fi
 echo "wheels/ has $mib MiB."
+echo "Not carried along: SonicMoE, whose compiler nvidia-cutlass-dsl alone has more than $most_mib MiB and whose kernel" \
+    "Transformers fetches from the hub, and MegaBlocks and Tutel, which need a CUDA compiler; gpu_check.sh measures" \
+    "beside them where they are installed."

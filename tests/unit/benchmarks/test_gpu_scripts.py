@@ -152,3 +152,11 @@ def test_wheels_with_scattermoe_of_a_clone(tmp_path):
     assert done.returncode == 0 and "cannot be had" not in done.stderr
     assert (tmp_path / "wheels" / "scattermoe-0.3.0-py3-none-any.whl").exists()
     assert any(line.endswith("git+file:///clones/scattermoe") for line in asked)
+
+
+def test_wheels_tell_who_is_not_among_them(tmp_path):
+    done, asked = run(tmp_path, "gpu_wheels.sh")
+    last = done.stdout.splitlines()[-1]
+    others = {"sonicmoe": "SonicMoE", "megablocks": "MegaBlocks", "tutel": "Tutel"}
+    assert last.startswith("Not carried along: ") and all(title in last for title in others.values())
+    assert not any(name in line.lower() for name in (*others, "cutlass") for line in asked)
