@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Collect in wheels/ what a machine with a GPU but without a network lacks: DeepSpeed, Liger and what they need, and
-# ScatterMoE, where it can be had, to be measured beside.
+# ScatterMoE, where it can be had, to be measured beside. Other peers are too large for it, or have to be compiled.
 #
 #   bash scripts/gpu_wheels.sh                  for Python 3.12 on x86-64 with torch, Transformers and Accelerate
 #   GPU_PYTHON=3.13 bash scripts/gpu_wheels.sh
@@ -31,6 +31,11 @@ for name in sys.argv[1:]:
 PY
 }
 
+# NAME with the bounds that setup.cfg gives.
+bounded() {
+    sed -n "s/^ *\($1 *[<>=].*\)/\1/p" setup.cfg
+}
+
 rm -rf wheels
 mkdir wheels
 
@@ -50,7 +55,7 @@ for glibc in 28 27 24 17; do platforms+=(--platform "manylinux_2_${glibc}_x86_64
 mapfile -t packages < <(pinned hjson pydantic pydantic-core annotated-types typing-inspection typing-extensions \
     datasets dill multiprocess)
 "$python" -m pip download --quiet --no-deps --only-binary=:all: --implementation cp --python-version "$target" \
-    "${platforms[@]}" --platform manylinux2014_x86_64 --dest wheels "${packages[@]}" liger-kernel
+    "${platforms[@]}" --platform manylinux2014_x86_64 --dest wheels "${packages[@]}" "$(bounded liger-kernel)"
 
 # It is on GitHub only; its kernels are Triton's, so that nothing is compiled.
 echo "Building ScatterMoE …"
@@ -66,3 +71,6 @@ if [ "$mib" -gt "$most_mib" ]; then
     exit 1
 fi
 echo "wheels/ has $mib MiB."
+echo "Not carried along: SonicMoE, whose compiler nvidia-cutlass-dsl alone has more than $most_mib MiB and whose kernel" \
+    "Transformers fetches from the hub, and MegaBlocks and Tutel, which need a CUDA compiler; gpu_check.sh measures" \
+    "beside them where they are installed."

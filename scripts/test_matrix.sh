@@ -1,4 +1,5 @@
-# The suite on the oldest and the newest versions that setup.cfg admits; sourced by test.sh --matrix.
+# The suite on the oldest and the newest versions that setup.cfg admits, and the kernels on the oldest Triton; sourced by
+# test.sh --matrix.
 #
 # Each row is an environment of its own in .matrix/, which takes from .venv all but what the row names.
 
@@ -19,10 +20,17 @@ setup_row() {
     echo "$PWD/$python"
 }
 
+# Interpret the kernels and compile them for a GPU, in two minutes.
+test_kernels() {
+    "$1" -m pytest --slow tests/unit/kernels/test_experts_triton.py
+}
+
 run_matrix() {
     local -A rows=(
         [oldest-transformers]="transformers==$(oldest transformers)"
         [newest-transformers-oldest-deepspeed]="transformers<6 deepspeed==$(oldest deepspeed)"
+        # The Triton of the oldest torch for GPUs; its interpreter cannot do with NumPy 2.4.
+        [oldest-triton]="triton==$(oldest triton) numpy<2.4"
     )
     local name python failed=0 table=""
     for name in "${!rows[@]}"; do
@@ -31,10 +39,14 @@ run_matrix() {
         python=$(setup_row "$name" ${rows[$name]})
         echo "== $name: ${rows[$name]}"
         local verdict=passed
-        run_suite "$python" "$@" || { verdict=FAILED failed=1; }
-        table+="$("$python" -c 'import deepspeed, torch, transformers
-print(f"Transformers {transformers.__version__}, DeepSpeed {deepspeed.__version__}, torch {torch.__version__}")' |
-            tail -n 1): $verdict"$'\n'
+        if [ "$name" = oldest-triton ]; then
+            test_kernels "$python" || { verdict=FAILED failed=1; }
+        else
+            run_suite "$python" "$@" || { verdict=FAILED failed=1; }
+        fi
+        table+="$("$python" -c 'import deepspeed, torch, transformers, triton
+names = {"Transformers": transformers, "DeepSpeed": deepspeed, "torch": torch, "Triton": triton}
+print(", ".join(f"{name} {module.__version__}" for name, module in names.items()))' | tail -n 1): $name $verdict"$'\n'
     done
     printf '\n%s' "$table"
     return "$failed"

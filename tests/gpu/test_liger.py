@@ -48,7 +48,7 @@ def model_of(dtype: torch.dtype) -> MoEForCausalLM:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "use_qk_norm": True, "rope_parameters": rope}
     experts = {"num_experts": 8, "first_k_dense_replace": 1, "shared_expert_intermediate_size": 96}
     config = MoEConfig(**sizes, **heads, **experts, initializer_range=0.1)
-    return MoEForCausalLM._from_config(config, experts_implementation="grouped_mm").cuda().to(dtype).train()
+    return MoEForCausalLM._from_config(config).cuda().to(dtype).train()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

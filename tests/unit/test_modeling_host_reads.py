@@ -1,6 +1,16 @@
-"""A step of training waits nowhere for the device: no value of a tensor is read by Python, no result has its size."""
+"""A step of training waits nowhere for the device: no value of a tensor is read by Python, no result has its size.
 
+The kernel of the experts that a CPU has reads how many rows each of them got. That of a GPU must not, so that here the
+Python around its Triton kernels runs as it is, and only these are not started.
+"""
+
+import platform
+import sys
 import traceback
+from collections.abc import Callable, Iterator
+from functools import wraps
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +18,7 @@ from helpers_model import tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_hf import MoEForCausalLM
+from moe_hf.kernels import dispatch, experts
 
 # Operators that need a value on the host: a scalar itself, or the size of their result.
 READING = {"_local_scalar_dense", "nonzero", "unique_dim", "_unique", "_unique2", "unique_consecutive"}
@@ -34,6 +45,10 @@ class HostReads(TorchDispatchMode):
         super().__init__()
         self.found: list[list[str]] = []
 
+    def __enter__(self):
+        HostReads.current = self
+        return super().__enter__()
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         by_mask = name.startswith(("index", "_index_put")) and any(
@@ -43,19 +58,61 @@ class HostReads(TorchDispatchMode):
         by_counts = name == "repeat_interleave" and not (kwargs or {}).get("output_size")
         if name in READING or by_mask or by_counts:
             self.found.append([name, *(frame.name for frame in traceback.extract_stack())])
-        return function(*args, **(kwargs or {}))
+        # Inside an operator of ours autograd has not taken apart what consists of others, such as `item`.
+        with self:
+            result = function.decompose(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {})) if result is NotImplemented else result
 
 
 @pytest.fixture(autouse=True)
 def no_lists(monkeypatch):
-    """On a CPU these read memory without an operator."""
-    for name in ("tolist", "numpy"):
+    """On a CPU these read memory without an operator, or have nothing to do."""
+    for name in ("tolist", "numpy", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, lambda self, name=name: pytest.fail(f"Tensor.{name}"))
 
 
-def reads_of_a_step(changes: dict, **inputs: torch.Tensor) -> list[list[str]]:
+@pytest.fixture
+def launches(monkeypatch) -> Iterator[list[str]]:
+    """Let our operators take the kernels of a GPU, which are not started; give the names of those that would be."""
+    if find_spec("triton") is None:
+        if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+            pytest.skip("Triton has no wheels for this platform")
+        pytest.fail("Triton is missing: pip install -e '.[test]'")
+    from triton.runtime.jit import JITFunction
+
+    from moe_hf.kernels import experts_triton
+
+    names = []
+
+    def start(self, *args, grid, warmup, **kwargs):
+        assert all(type(size) is int for size in grid) and not any(torch.is_tensor(size) for size in kwargs.values())
+        names.append(self.fn.__name__)
+
+    monkeypatch.setattr(JITFunction, "run", start)
+    functions = ("sort_by_expert", "forward", "backward", "gather_rows", "sum_rows", "dot_rows")
+    backend = SimpleNamespace(**{name: looked_at(getattr(experts_triton, name)) for name in functions})
+    for module in (experts, dispatch):
+        monkeypatch.setattr(module, "backend_of", lambda tensor: backend)
+    # What no kernel writes is NaN.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield names
+    torch.use_deterministic_algorithms(False)
+
+
+def looked_at(function: Callable) -> Callable:
+    """Note what an operator of ours does inside too: PyTorch calls it without the mode that has noted the operator."""
+
+    @wraps(function)
+    def inside(*args, **kwargs):
+        with HostReads.current:
+            return function(*args, **kwargs)
+
+    return inside
+
+
+def reads_of_a_step(changes: dict, kernel: str = "grouped_mm", **inputs: torch.Tensor) -> list[list[str]]:
     torch.manual_seed(0)
-    settings = {"attn_implementation": "sdpa", "experts_implementation": "grouped_mm"}
+    settings = {"attn_implementation": "sdpa", "experts_implementation": kernel}
     model = MoEForCausalLM._from_config(tiny_config(**changes), **settings).train()
     ids = torch.randint(61, (2, 16))
     counts = {"num_items_in_batch": torch.tensor(30), "num_tokens_in_batch": torch.tensor(32)}
@@ -70,6 +127,24 @@ def reads_of_a_step(changes: dict, **inputs: torch.Tensor) -> list[list[str]]:
 def test_forward_and_backward_read_nothing(kind, packed):
     documents = torch.cat([torch.arange(7), torch.arange(9)]).expand(2, -1)
     assert reads_of_a_step(MODELS[kind], **({"position_ids": documents} if packed else {})) == []
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_nor_do_our_experts_on_a_gpu(kind, launches):
+    assert reads_of_a_step(MODELS[kind], "moe_hf") == []
+    names = {"_count", "_place", "_cut", "_gate_and_up", "_down"}
+    names |= {"_activation_gradient", "_input_gradient", "_weight_gradient", "_sum_parts"}
+    # A row that an expert has chosen is summed with no other one.
+    assert {*launches} == names | ({"_sum_rows"} if kind != "expert choice" else set())
+
+
+def test_nor_does_what_goes_to_other_ranks(launches):
+    hidden_states, weights = torch.randn(6, 8, requires_grad=True), torch.rand(6, 2, requires_grad=True)
+    with HostReads() as reads:
+        order = experts.sort_by_expert(torch.randint(4, (6, 2)), 4)
+        rows = dispatch.gather_rows(hidden_states, order)
+        dispatch.sum_rows(rows, weights, order).sum().backward()
+    assert reads.found == [] and {"_gather_rows", "_sum_rows", "_dot_with_rows"} <= {*launches}
 
 
 def test_with_padding_only_transformers_looks_whether_there_is_any():
