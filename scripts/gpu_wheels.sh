@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Collect in wheels/ what a machine with a GPU but without a network lacks: DeepSpeed, Liger and what they need, and
+# Collect in wheels/ what a machine with a GPU but without a network lacks: DeepSpeed, Liger, pytest and their needs, and
 # ScatterMoE, where it can be had, to be measured beside. Other peers are too large for it, or have to be compiled.
 #
 #   bash scripts/gpu_wheels.sh                  for Python 3.12 on x86-64 with torch, Transformers and Accelerate
@@ -53,7 +53,7 @@ echo "Downloading the others for Python $target …"
 platforms=()
 for glibc in 28 27 24 17; do platforms+=(--platform "manylinux_2_${glibc}_x86_64"); done
 mapfile -t packages < <(pinned hjson pydantic pydantic-core annotated-types typing-inspection typing-extensions \
-    datasets dill multiprocess)
+    datasets dill multiprocess pytest pluggy iniconfig pygments)
 "$python" -m pip download --quiet --no-deps --only-binary=:all: --implementation cp --python-version "$target" \
     "${platforms[@]}" --platform manylinux2014_x86_64 --dest wheels "${packages[@]}" "$(bounded liger-kernel)"
 
