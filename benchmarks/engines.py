@@ -1,5 +1,6 @@
 """Training steps of a model in a DeepSpeed engine of one process, the same settings for all."""
 
+import gc
 import os
 from dataclasses import dataclass
 from unittest import mock
@@ -57,6 +58,13 @@ class Training:
         """Let go of what the engine holds."""
         self.engine.destroy()
         del self.engine
+
+
+def clean(device: str) -> None:
+    """Give back what nobody refers to any more."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def start(peer: ModelPeer, case: StepCase, weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> Training:

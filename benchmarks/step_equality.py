@@ -3,15 +3,23 @@
 All begin with the same weights and tokens; the reference is the model in float32 with plain PyTorch.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from .cases import DTYPES, TOLERANCES, StepCase
-from .engines import ADAM_EPSILON, LEARNING_RATE, MAX_GRAD_NORM, Training
-from .equality import filling_uninitialized_memory, refuse_large, relative_error
+from .engines import ADAM_EPSILON, LEARNING_RATE, MAX_GRAD_NORM, Training, clean, start
+from .equality import filling_uninitialized_memory, poison, refuse_large, relative_error
 from .peers.models import ModelPeer, TransformersModel
+from .results import MEASURED, UNAVAILABLE, Row
 
 _CHECKED_STEPS = 3
+
+# Micro-batches of the steps that are checked, at most: in float32 and with plain PyTorch a whole step would take longer
+# than all that is timed.
+_CHECKED_MICRO_BATCHES = 2
 
 # Tokens that the reference takes at a time, which holds everything in float32.
 _REFERENCE_TOKENS = 8192
@@ -111,3 +119,51 @@ def check_losses(training: Training, expected: list[float], tolerance: float) ->
     found = [float(training.step()[1]) for _ in expected]
     errors = {f"loss of step {i + 1}": abs(a - b) / b for i, (a, b) in enumerate(zip(found, expected, strict=True))}
     return refuse_large(errors, tolerance)
+
+
+class Gate:
+    """Compares models with the reference of one case.
+
+    Args:
+        case: whose steps are timed.
+        weights: of the model.
+        tokens: of a whole step, `(A * B, S)`.
+
+    Raises:
+        torch.OutOfMemoryError: memory does not hold the reference.
+    """
+
+    def __init__(self, case: StepCase, weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> None:
+        self.case = replace(case, accumulation=min(case.accumulation, _CHECKED_MICRO_BATCHES))
+        self.weights, self.tokens = weights, tokens[: self.case.accumulation * case.batch]
+        self.device = tokens.device.type
+        self.expected = Expected(self.case, weights, self.tokens, with_gradients=self.device == "cpu")
+        clean(self.device)
+
+    def admits(self, peer: ModelPeer, row: Row, count: Callable[[Training], dict[str, float]] | None = None) -> bool:
+        """Compare a peer, then count; where one fails, write down why.
+
+        Args:
+            peer: who is compared.
+            row: of the peer.
+            count: what is counted of the model in training, as it is timed.
+        """
+        case, tokens = self.case, self.tokens
+        if (reason := peer.unavailable(case, self.device)) is not None:
+            row.status, row.reason = UNAVAILABLE, reason
+            return False
+        with row.recording_failure():
+            errors = {}
+            if self.device == "cpu":  # on a GPU it would compare the first loss, which the first step has too
+                errors = check_gradients(peer, case, self.weights, tokens, self.expected, self.device)
+            poison(tokens.device, DTYPES[case.dtype], 4 * case.micro_tokens * case.vocab_size)
+            training = start(peer, case, self.weights, tokens)
+            try:
+                errors |= check_losses(training, self.expected.losses, TOLERANCES[case.dtype])
+                row.values["max_error"] = max(errors.values())
+                if count is not None:
+                    row.values |= count(training)
+            finally:
+                training.end()
+        clean(self.device)
+        return row.status == MEASURED

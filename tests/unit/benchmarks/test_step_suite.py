@@ -92,6 +92,37 @@ def test_a_model_that_fails_is_reported_beside_the_others():
     assert ours.values["tflops"] == pytest.approx(flops / ours.values["step_ms"] / 1e9)
 
 
+class Stopping(TransformersModel):
+    """Raises when it is loaded, or asked for its loss, for the given time."""
+
+    def __init__(self, load: int = 0, loss: int = 0) -> None:
+        super().__init__("stopping", "eager")
+        self.left = {"load": load, "loss": loss}
+
+    def count(self, what: str) -> None:
+        self.left[what] -= 1
+        if self.left[what] == 0:
+            raise RuntimeError("illegal memory access")
+
+    def load(self, case, weights, device):
+        self.count("load")
+        return super().load(case, weights, device)
+
+    def loss(self, model, tokens):
+        self.count("loss")
+        return super().loss(model, tokens)
+
+
+# It is loaded for its gradients, its losses and the rounds; asked for one gradient, three losses, twice to be counted.
+@pytest.mark.parametrize("at", [{"load": 3}, {"loss": 6}, {"loss": 9}])
+def test_a_model_may_raise_at_any_time(at):
+    peers = [Stopping(**at), TransformersModel("peer", "eager")]
+    stopped, peer, matmul = run_steps([CASE], lambda family: peers, "cpu", num_rounds=2)
+    assert (stopped.status, stopped.reason) == (FAILED, "RuntimeError: illegal memory access")
+    assert peer.values["ceiling_share"] > 0 and matmul.values["ceiling_share"] == 1
+    assert "step_ms" not in stopped.values
+
+
 def test_flops_of_a_token():
     """Of matrices 6 for each parameter, experts only as far as they are visited, and the head; causal attention."""
     attention = 32 * 8 * (4 + 2 + 2 + 4)
@@ -133,6 +164,19 @@ def test_our_optimizer_is_a_row_only_where_it_is_another(monkeypatch):
 def test_slope_is_the_exponent():
     assert slope([1, 2, 4, 8], [3, 6, 12, 24]) == pytest.approx(1)
     assert slope([8, 16, 64], [5 * 8**0.5, 5 * 16**0.5, 5 * 64**0.5]) == pytest.approx(0.5)
+
+
+def test_scaling_goes_on_without_who_raises(monkeypatch):
+    from benchmarks import scaling_suite
+
+    monkeypatch.setitem(scaling_suite._LAYER, "cpu", replace(scaling_suite._LAYER["cpu"], tokens=64, hidden_size=32))
+    monkeypatch.setitem(scaling_suite._MODEL, "cpu", replace(CASE, layers=1, dtype="fp32"))
+    # Two sizes: a gradient and two passes for memory of each, two to warm up; then a round.
+    models = [TransformersModel("eager", "eager"), Stopping(loss=12)]
+    axes = iter(run_scaling([], models, "cpu", num_rounds=1, factors=(1, 2)))
+    eager, stopped = next(axes), next(axes)
+    assert (stopped.status, stopped.reason) == (FAILED, "RuntimeError: illegal memory access")
+    assert eager.values["time_slope"] != 0 and "time_slope" not in stopped.values
 
 
 def test_scaling_runs_along_every_axis(monkeypatch):

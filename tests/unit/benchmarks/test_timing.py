@@ -49,6 +49,33 @@ def test_slow_ones_run_in_fewer_rounds():
     assert rounds.ratio("A", "B", "step_ms").rounds == 7
 
 
+def failing(at: int):
+    """Return a contestant that raises when it is run for the given time, counted from 1."""
+    calls = []
+
+    def run():
+        calls.append(len(calls) + 1)
+        if calls[-1] >= at:
+            raise RuntimeError("illegal memory access")
+        return {"step_ms": 1.0}
+
+    return run, calls
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_who_raises_leaves_the_others(at):
+    order, (broken, calls) = [], failing(at)
+    rounds = interleave({"A": contestant("A", 1.0, order), "B": broken, "C": contestant("C", 2.0, order)}, 3)
+    assert order.count("A") == order.count("C") == 2 + 3 and rounds.ratio("A", "C", "step_ms").rounds == 3
+    assert calls[-1] == at and rounds.failed == {"B": "RuntimeError: illegal memory access"}
+    # What it took before it failed is no result.
+    assert rounds.median("B", "step_ms") is None and rounds.ratio("A", "B", "step_ms") is None
+
+
+def test_nothing_goes_on_where_all_raise():
+    assert interleave({"A": failing(3)[0], "B": failing(4)[0]}, 5).failed.keys() == {"A", "B"}
+
+
 class Gpu:
     """Works through its queue only when the host waits for it; a kernel takes a millisecond."""
 
