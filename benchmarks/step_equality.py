@@ -1,6 +1,7 @@
 """The gate before steps are timed: a model that does not learn what the reference learns is not compared.
 
-All begin with the same weights and tokens; the reference is the model in float32 with plain PyTorch.
+All begin with the same weights and tokens, and learn from cross-entropy alone; the reference is the model in float32
+with plain PyTorch.
 """
 
 from collections.abc import Callable
@@ -99,24 +100,25 @@ def check_gradients(
     """
     model = peer.load(case, weights, tokens.device)
     if device == "cuda":
-        with torch.no_grad():
-            loss = float(peer.cross_entropy(model.to(DTYPES[case.dtype]), tokens)[1])
+        with torch.no_grad(), peer.cross_entropy_alone(model):
+            loss = float(peer.loss(model.to(DTYPES[case.dtype]), tokens))
         error = abs(loss - expected.losses[0]) / expected.losses[0]
         return refuse_large({"loss": error}, TOLERANCES[case.dtype])
-    with filling_uninitialized_memory():
-        peer.cross_entropy(model, tokens)[1].backward()
+    with filling_uninitialized_memory(), peer.cross_entropy_alone(model):
+        peer.loss(model, tokens).backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     errors = {f"gradient of {name}": relative_error(found.get(name), v) for name, v in expected.gradients.items()}
     return refuse_large(errors, TOLERANCES["fp32"])
 
 
 def check_losses(training: Training, expected: list[float], tolerance: float) -> dict[str, float]:
-    """Train for some steps, and return the relative errors of their cross-entropies.
+    """Train on cross-entropy alone, as the reference does, and return the relative errors of the steps' losses.
 
     Raises:
         Different: one is larger than the tolerance.
     """
-    found = [float(training.step()[1]) for _ in expected]
+    with training.peer.cross_entropy_alone(training.engine.module):
+        found = [float(training.step()[1]) for _ in expected]
     errors = {f"loss of step {i + 1}": abs(a - b) / b for i, (a, b) in enumerate(zip(found, expected, strict=True))}
     return refuse_large(errors, tolerance)
 

@@ -3,6 +3,7 @@
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -65,9 +66,13 @@ class ModelPeer(ABC):
         """Return what is trained on `(B, S)` tokens."""
 
     def cross_entropy(self, model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the loss, and the cross-entropy in it, which all models have in common."""
+        """Return the loss, and the cross-entropy in it."""
         loss = self.loss(model, tokens)
         return loss, loss
+
+    def cross_entropy_alone(self, model: nn.Module) -> AbstractContextManager:
+        """Let the loss be the cross-entropy, which all models have in common, as long as the context lasts."""
+        return nullcontext()
 
     def deepspeed_section(self) -> dict[str, Any]:
         """Return what the DeepSpeed JSON has beside what all have."""
@@ -204,6 +209,9 @@ class OurModel(ModelPeer):
     def cross_entropy(self, model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         outputs = model(input_ids=tokens, labels=tokens, use_cache=False, skip_logits=True)
         return outputs.loss, outputs.ce_loss
+
+    def cross_entropy_alone(self, model: nn.Module) -> AbstractContextManager:
+        return mock.patch.multiple(model.config, router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
 
     def arguments(self, **values) -> TrainingArguments:
         return MoETrainingArguments(output_dir="unused", report_to="none", use_cpu=True, **values)

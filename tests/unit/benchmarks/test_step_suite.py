@@ -1,5 +1,6 @@
 """Whole models: their gate, and the FLOPs of a step."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -43,6 +44,47 @@ class WithoutRouterGradient(TransformersModel):
         for layer in model.model.layers:
             layer.mlp.gate.weight.requires_grad_(False)
         return model
+
+
+class WrongLoss(OurModel):
+    """Ours, trained on something else than it says: of one loss too much, or of one that is scaled."""
+
+    def cross_entropy(self, model, tokens):
+        loss, cross_entropy = super().cross_entropy(model, tokens)
+        return loss * 1.001, cross_entropy
+
+
+class WrongModel(OurModel):
+    """Ours, with a weight of a loss that should be off in the gate."""
+
+    def cross_entropy_alone(self, model):
+        return nullcontext()
+
+
+@pytest.mark.parametrize("wrong", [WrongLoss, WrongModel])
+def test_gate_refuses_a_wrong_loss_of_ours(wrong):
+    weights, tokens, expected = prepare(CASE)
+    with pytest.raises(Different, match=r"gradient of model\.\S+ .* is above 1e-05"):
+        check_gradients(wrong("ours"), CASE, weights, tokens, expected, "cpu")
+
+
+def test_ours_is_checked_without_the_losses_of_its_routers_and_timed_with_them():
+    weights, tokens, expected = prepare(CASE)
+    ours = start(OurModel("ours"), CASE, weights, tokens)
+    peer = start(TransformersModel("peer", "grouped_mm"), CASE, weights, tokens)
+    model = ours.engine.module
+    coefficients = model.config.router_aux_loss_coef, model.config.router_z_loss_coef
+    assert min(coefficients) > 0
+    loss, cross_entropy = ours.peer.cross_entropy(ours.engine, tokens)
+    assert loss > cross_entropy
+    # The timed model begins with the weights that are checked.
+    with ours.peer.cross_entropy_alone(model):
+        assert all(torch.equal(value, cross_entropy) for value in ours.peer.cross_entropy(ours.engine, tokens))
+    assert (model.config.router_aux_loss_coef, model.config.router_z_loss_coef) == coefficients
+    # As near to the reference as a model that has no other losses.
+    errors, others = (max(check_losses(each, expected.losses, 1e-3).values()) for each in (ours, peer))
+    assert errors < 2 * others
+    ours.end(), peer.end()
 
 
 class TooLittle(TransformersModel):
