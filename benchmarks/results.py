@@ -12,7 +12,7 @@ MEASURED, FAILED, UNAVAILABLE = "measured", "failed", "unavailable"
 
 # Of these more is better; of all other numbers that are compared, less.
 _MORE_IS_BETTER = {"tokens_per_second", "tflops", "ceiling_share", "products_of_ceiling"}
-_NOT_COMPARED = {"max_error", "imbalance"}
+_NOT_COMPARED = {"max_error", "imbalance", "sent_formula_bytes", "sent_over_formula"}
 
 
 @dataclass
