@@ -93,4 +93,4 @@ def start(peer: ModelPeer, case: StepCase, weights: dict[str, torch.Tensor], tok
     # What the launcher sets; Accelerate would take it for a launch of several processes.
     with mock.patch.dict(os.environ, LOCAL_RANK="0"):
         engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    return Training(peer, engine, tokens, case.batch)
+    return Training(peer, peer.prepare(engine), tokens, case.batch)

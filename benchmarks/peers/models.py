@@ -24,10 +24,11 @@ from transformers import (
 
 from moe_hf import MoEConfig, MoEForCausalLM
 from moe_hf.training.arguments import MoETrainingArguments
+from moe_hf.training.compiling import check_compilation
 
 from ..cases import StepCase
 from .autoep import why_no_autoep
-from .base import needs_cuda_package
+from .base import needs_cuda_package, refusal
 from .blocks import too_large_for_batched_mm, unregistered
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -77,6 +78,10 @@ class ModelPeer(ABC):
     def deepspeed_section(self) -> dict[str, Any]:
         """Return what the DeepSpeed JSON has beside what all have."""
         return {}
+
+    def prepare(self, engine: Any) -> Any:
+        """Return the engine that holds the model, with what is left to be done to it."""
+        return engine
 
     def optimizer(self, model: nn.Module, **values) -> torch.optim.Optimizer:
         """Return a fresh optimizer, as `Trainer` makes it.
@@ -173,18 +178,28 @@ class AutoEPModel(TransformersModel):
     """A model of Transformers whose blocks DeepSpeed replaces, all experts on one process.
 
     Args:
+        compiles: whether all but experts and routers is compiled, layer by layer.
         options: of the section `expert_parallel`, beside the size.
     """
 
-    def __init__(self, name: str, **options) -> None:
+    def __init__(self, name: str, compiles: bool = False, **options) -> None:
         super().__init__(name, "grouped_mm")
-        self.options = options
+        self.compiles, self.options = compiles, options
 
     def unavailable(self, case: StepCase, device: str) -> str | None:
-        return why_no_autoep(device, self.options)
+        reason = why_no_autoep(device, self.options)
+        if reason is None and self.compiles:
+            reason = refusal(lambda: check_compilation(backend=None, mode=None))
+        return reason
 
     def deepspeed_section(self) -> dict[str, Any]:
-        return {"expert_parallel": {"enabled": True, "autoep_size": 1, **self.options}}
+        compiled = {"compile": {"autoep_non_moe": True}} if self.compiles else {}
+        return {"expert_parallel": {"enabled": True, "autoep_size": 1, **self.options}, **compiled}
+
+    def prepare(self, engine: Any) -> Any:
+        if self.compiles:
+            engine.compile()
+        return engine
 
     def optimizer(self, model: nn.Module, **values) -> torch.optim.Optimizer:
         from moe_hf.parallel.autoep import split_expert_groups

@@ -2,9 +2,11 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
+from deepspeed.compile.config import CompileConfig
 from small_steps import CASE, prepare
 
 from benchmarks.cases import FAMILIES, step_cases
@@ -22,6 +24,7 @@ from benchmarks.results import FAILED, MEASURED, UNAVAILABLE, Row
 from benchmarks.scaling_suite import run_scaling, slope
 from benchmarks.step_equality import check_gradients, check_losses, make_tokens, make_weights
 from benchmarks.step_suite import run_steps, side_by_side
+from moe_hf.errors import ConfigError
 from moe_hf.planning.flops import flops_per_token
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -115,13 +118,34 @@ def test_losses_of_three_steps_are_those_of_plain_pytorch():
 
 def test_engines_have_the_same_settings_but_for_autoep(monkeypatch):
     asked = []
-    monkeypatch.setattr("deepspeed.initialize", lambda model, optimizer, config: asked.append(config) or [None])
+    monkeypatch.setattr("deepspeed.initialize", lambda model, optimizer, config: asked.append(config) or [mock.Mock()])
     weights, tokens = make_weights(CASE, "cpu"), make_tokens(CASE, "cpu")
     for peer in (OurModel("ours"), TransformersModel("peer", "eager"), AutoEPModel("autoep", combine_impl="x")):
         start(peer, CASE, weights, tokens)
     assert asked[0] == asked[1]
     assert asked[2] == asked[0] | {"expert_parallel": {"enabled": True, "autoep_size": 1, "combine_impl": "x"}}
     assert asked[0]["zero_optimization"] == {"stage": 1} and asked[0]["bf16"] == {"enabled": True}
+
+
+def test_best_of_autoep_compiles_all_but_experts(monkeypatch):
+    """As DeepSpeed offers it: an option of its JSON, and a call."""
+    best = next(peer for peer in model_peers("mixtral") if peer.name == "autoep/best")
+    plain = next(peer for peer in model_peers("mixtral") if peer.name == "autoep")
+    asked, engines = [], (mock.Mock(), mock.Mock())
+    given = iter(engines)
+    monkeypatch.setattr("deepspeed.initialize", lambda config, **_: asked.append(config) or [next(given)])
+    weights, tokens = make_weights(CASE, "cpu"), make_tokens(CASE, "cpu")
+    for peer in (best, plain):
+        assert start(peer, CASE, weights, tokens).engine in engines
+    assert CompileConfig(**asked[0]["compile"]).autoep_non_moe and "compile" not in asked[1]
+    assert [len(engine.compile.mock_calls) for engine in engines] == [1, 0]
+    assert "Triton" in best.unavailable(CASE, "cpu")
+    monkeypatch.setattr("moe_hf.training.compiling._check_inductor", refuse)
+    assert (best.unavailable(CASE, "cuda"), plain.unavailable(CASE, "cuda")) == ("there is no compiler", None)
+
+
+def refuse(mode: str | None) -> None:
+    raise ConfigError("there is no compiler")
 
 
 def test_a_model_that_fails_is_reported_beside_the_others():
