@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from moe_hf.planning.flops import flops_per_token
@@ -148,6 +149,8 @@ def milliseconds_by_kind(run: Run, device: str) -> dict[str, float]:
         run()
     found = dict.fromkeys(KINDS, 0.0)
     for event in watched.key_averages():
+        if event.device_type != DeviceType.CPU:
+            continue  # a kernel: its time is that of the operator that launched it, too
         microseconds = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
         found[kind_of(event.key)] += microseconds / 1e3
     return found

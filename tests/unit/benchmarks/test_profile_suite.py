@@ -1,10 +1,13 @@
 """Profiles: what belongs to which kind, and that shares are those of the time."""
 
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from benchmarks import profile_suite
 from benchmarks.cases import LayerCase, StepCase
@@ -49,6 +52,20 @@ def test_time_goes_to_the_operator_that_takes_it():
     begin = time.perf_counter()
     run()
     assert found["products"] < 5e3 * (time.perf_counter() - begin)
+
+
+def test_kernels_of_a_gpu_count_once(monkeypatch):
+    """They are told by themselves and with the operator that launched them."""
+    events = [
+        SimpleNamespace(key="aten::mm", device_type=DeviceType.CPU, self_device_time_total=3e3),
+        SimpleNamespace(key="cutlass_gemm", device_type=DeviceType.CUDA, self_device_time_total=3e3),
+        SimpleNamespace(key="aten::mul", device_type=DeviceType.CPU, self_device_time_total=1e3),
+        SimpleNamespace(key="vectorized_elementwise", device_type=DeviceType.CUDA, self_device_time_total=1e3),
+    ]
+    watched = SimpleNamespace(key_averages=lambda: events)
+    monkeypatch.setattr(profile_suite, "profile", lambda activities: nullcontext(watched))
+    found = milliseconds_by_kind(lambda: None, "cuda")
+    assert (found["products"], found["rest"], sum(found.values())) == (3.0, 1.0, 4.0)
 
 
 class Broken(Block):
