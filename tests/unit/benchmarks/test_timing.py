@@ -73,7 +73,11 @@ def test_who_raises_leaves_the_others(at):
 
 
 def test_nothing_goes_on_where_all_raise():
-    assert interleave({"A": failing(3)[0], "B": failing(4)[0]}, 5).failed.keys() == {"A", "B"}
+    meter = Meter(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    watch = LoadWatch(allowed=False, meter=meter)
+    assert interleave({"A": failing(3)[0], "B": failing(4)[0]}, 5, watch).failed.keys() == {"A", "B"}
+    # Of five rounds two were made; it was asked ahead of them too.
+    assert len(meter.cores) == 6 - 3
 
 
 class Gpu:
