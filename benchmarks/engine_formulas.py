@@ -16,6 +16,14 @@ _OF_OPTIMIZER = 12
 OPERATIONS = ("all_reduce", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single")
 """All that carries weights, gradients or tokens; `prof_all` would end the process at the first call unknown to it."""
 
+# Of all n ranks together, times what each hands in. A reduce scatters, then all send their part to the one that asks:
+# over NCCL it would be n - 1. An all-reduce scatters and gathers, and an all-gather is handed a share.
+_SENT_OVER_GLOO = {
+    "all_reduce": lambda n: 2 * (n - 1),
+    "reduce": lambda n: (n - 1) * (1 + 1 / n),
+    "all_gather_into_tensor": lambda n: n * (n - 1),
+}
+
 LOGGED = {"enabled": True, "verbose": False, "prof_all": False, "debug": False, "prof_ops": list(OPERATIONS)}
 """The section `comms_logger` of a DeepSpeed JSON with which they are counted."""
 
@@ -50,3 +58,13 @@ def predicted_messages(config: MoEConfig, setting: Setting) -> dict[str, float]:
     for collective in collectives(optimizer_groups(config, setting), config, setting, gathered):
         predicted[collective.operation] += collective.message
     return predicted
+
+
+def predicted_sent(config: MoEConfig, setting: Setting) -> float:
+    """Return the bytes that all ranks together send over gloo in one optimizer step of ZeRO 0 to 2 without AutoEP.
+
+    Raises:
+        KeyError: an operation whose bytes over gloo are not known.
+    """
+    messages = predicted_messages(config, setting)
+    return sum(_SENT_OVER_GLOO[name](setting.world_size) * message for name, message in messages.items() if message)

@@ -16,7 +16,15 @@ from transformers import PreTrainedTokenizerFast
 from moe_hf import MoEConfig
 from moe_hf.planning.setting import Setting, read_setting
 
-from .engine_formulas import LOGGED, OPERATIONS, STATES, ideal_states, predicted_messages, predicted_states
+from .engine_formulas import (
+    LOGGED,
+    OPERATIONS,
+    STATES,
+    ideal_states,
+    predicted_messages,
+    predicted_sent,
+    predicted_states,
+)
 from .peers.registry import OURS
 from .results import Row
 
@@ -129,7 +137,7 @@ def run_engines(cases: list[EngineCase], suites: set[str]) -> Iterator[Row]:
                 if "comm" in suites:
                     yield from _comm_rows(case, config, found)
             if "comm" in suites:
-                yield from _sent_rows(together, Path(folder))
+                yield from _sent_rows(together, config, Path(folder))
 
 
 def launch(ranks: int, cases: list[dict], folder: Path) -> None:
@@ -209,13 +217,15 @@ def _comm_rows(case: EngineCase, config: MoEConfig, ranks: list[dict]) -> Iterat
             yield _row("comm", case, operation, found, predicted[operation])
 
 
-def _sent_rows(cases: list[EngineCase], folder: Path) -> Iterator[Row]:
+def _sent_rows(cases: list[EngineCase], config: MoEConfig, folder: Path) -> Iterator[Row]:
     """Yield what all ranks have sent in one step, of pairs of cases that differ in how gradients are reduced."""
     for case in (case for case in cases if not case.reduces):
         for one, peer in ((replace(case, reduces=True), OURS), (case, ALL_REDUCE)):
             ranks = [json.loads((folder / one.name / f"rank_{r}.json").read_text()) for r in range(one.ranks)]
-            config = f"{replace(case, reduces=True).name}: sent by all ranks"
-            yield Row("comm", config, peer, "bf16", values={"sent_bytes": sum(rank["sent"] for rank in ranks)})
+            sent, predicted = sum(rank["sent"] for rank in ranks), predicted_sent(config, one.setting)
+            values = {"sent_bytes": sent, "sent_formula_bytes": predicted, "sent_over_formula": sent / predicted}
+            name = f"{replace(case, reduces=True).name}: sent by all ranks"
+            yield Row("comm", name, peer, "bf16", values=values)
 
 
 def _row(suite: str, case: EngineCase, what: str, found: float, predicted: float) -> Row:

@@ -1,5 +1,6 @@
 """Training steps of a model in a DeepSpeed engine of one process, the same settings for all."""
 
+import gc
 import os
 from dataclasses import dataclass
 from unittest import mock
@@ -59,6 +60,13 @@ class Training:
         del self.engine
 
 
+def clean(device: str) -> None:
+    """Give back what nobody refers to any more."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
 def start(peer: ModelPeer, case: StepCase, weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> Training:
     """Put a peer's model with the given weights into an engine with ZeRO 1.
 
@@ -85,4 +93,4 @@ def start(peer: ModelPeer, case: StepCase, weights: dict[str, torch.Tensor], tok
     # What the launcher sets; Accelerate would take it for a launch of several processes.
     with mock.patch.dict(os.environ, LOCAL_RANK="0"):
         engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    return Training(peer, engine, tokens, case.batch)
+    return Training(peer, peer.prepare(engine), tokens, case.batch)

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -12,7 +13,7 @@ from .equality import check_layer, reference_results
 from .inputs import LayerInputs, make_inputs
 from .peers.base import Layer, LayerPeer
 from .peers.registry import CEILING, OURS
-from .results import FAILED, UNAVAILABLE, Row
+from .results import MEASURED, UNAVAILABLE, Row, settled
 from .timing import Rounds, Sample, Watch, clock_of, interleave
 
 SUITE = "layer"
@@ -45,28 +46,44 @@ def run_layers(
         yield from _run_case(case, peers, device, num_rounds, watch)
 
 
-def _run_case(case: LayerCase, peers: list[LayerPeer], device: str, num_rounds: int, watch) -> list[Row]:
+def _run_case(case: LayerCase, peers: list[LayerPeer], device: str, num_rounds: int, watch) -> Iterator[Row]:
     inputs = make_inputs(case, device)
+    row = Row(SUITE, case.name, CEILING, case.dtype, case.routing, values={"imbalance": inputs.imbalance})
+    rows = {peer.name: replace(row, peer=peer.name, values=row.values.copy(), ratios={}) for peer in peers}
+    try:
+        layers = _admitted(peers, case, inputs, rows)
+        if num_rounds and layers:
+            contestants = {name: passes(layer, inputs) for name, layer in layers.items()}
+            contestants[CEILING] = matmul_of(case.flops, inputs.hidden_states)
+            rows[CEILING] = row
+            _time(contestants, case, num_rounds, watch, rows)
+    except (Exception, KeyboardInterrupt):
+        yield from settled(rows.values(), "forward_backward_ms")
+        raise
+    yield from rows.values()
+
+
+def _admitted(peers: list[LayerPeer], case: LayerCase, inputs: LayerInputs, rows: dict[str, Row]) -> dict[str, Layer]:
+    """Compare all with the reference and count; return those that are timed."""
     expected = reference_results(case, inputs)
-    rows, layers = [], {}
+    layers = {}
     for peer in peers:
-        row = Row(SUITE, case.name, peer.name, case.dtype, case.routing)
-        rows.append(row)
-        layer = admit(peer, case, inputs, expected, row)
+        layer = admit(peer, case, inputs, expected, rows[peer.name])
         if layer is not None:
-            layers[peer.name] = layer
-            row.values |= count_layer(layer, case, inputs)
-    if num_rounds and layers:
-        contestants = {name: passes(layer, inputs) for name, layer in layers.items()}
-        contestants[CEILING] = matmul_of(case.flops, inputs.hidden_states)
-        rounds = interleave(contestants, num_rounds, watch)
-        for row in (row for row in rows if row.peer in layers):
-            _add_times(row, rounds, case)
-        rows.append(Row(SUITE, case.name, CEILING, case.dtype, case.routing))
-        _add_times(rows[-1], rounds, case)
-    for row in rows:
-        row.values["imbalance"] = inputs.imbalance
-    return rows
+            with rows[peer.name].recording_failure():
+                rows[peer.name].values |= count_layer(layer, case, inputs)
+                layers[peer.name] = layer
+    return layers
+
+
+def _time(
+    contestants: dict[str, Callable[[], Sample]], case: LayerCase, num_rounds: int, watch, rows: dict[str, Row]
+) -> None:
+    rounds = interleave(contestants, num_rounds, watch)
+    for name, reason in rounds.failed.items():
+        rows[name].fail(reason)
+    for row in (rows[name] for name in contestants if rows[name].status == MEASURED):
+        _add_times(row, rounds, case)
 
 
 def admit(
@@ -77,14 +94,12 @@ def admit(
     if (reason := peer.unavailable(case, device)) is not None:
         row.status, row.reason = UNAVAILABLE, reason
         return None
-    try:
+    with row.recording_failure():
         layer = peer.build(case, inputs.weights)
         errors = check_layer(layer, case, inputs, expected)
-    except Exception as error:  # whatever another library raises is a result of this measurement
-        row.status, row.reason = FAILED, f"{type(error).__name__}: {str(error)[:200]}"
-        return None
-    row.values["max_error"] = max(row.values.get("max_error", 0.0), *errors.values())
-    return layer
+        row.values["max_error"] = max(row.values.get("max_error", 0.0), *errors.values())
+        return layer
+    return None
 
 
 def count_layer(layer: Layer, case: LayerCase, inputs: LayerInputs) -> dict[str, float]:
@@ -183,4 +198,5 @@ def add_rates(row: Row, rounds: Rounds, metric: str, tokens: int, flops: float) 
     """Write down what follows from a median time: tokens a second, TFLOP/s, and the share of the ceiling's rate."""
     seconds = row.values[metric] / 1e3
     row.values |= {"tokens_per_second": tokens / seconds, "tflops": flops / seconds / 1e12}
-    row.values["ceiling_share"] = rounds.ratio(row.peer, CEILING, metric).median
+    if (ratio := rounds.ratio(row.peer, CEILING, metric)) is not None:
+        row.values["ceiling_share"] = ratio.median

@@ -6,23 +6,24 @@ Shares, not times: watching costs time itself.
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from moe_hf.planning.flops import flops_per_token
 
 from .cases import DTYPES, LayerCase, StepCase
-from .engines import start
-from .inputs import LayerInputs, make_inputs
-from .layer_suite import matmul_of, passes
+from .equality import reference_results
+from .inputs import make_inputs
+from .layer_suite import admit, matmul_of, passes
 from .peers.base import LayerPeer
 from .peers.models import ModelPeer, our_config
-from .results import FAILED, UNAVAILABLE, Row
-from .step_equality import make_tokens, make_weights
-from .step_suite import clean, name_of, that_fits
-from .timing import Sample
+from .peers.registry import CEILING
+from .results import Row, settled
+from .step_equality import Gate, make_tokens, make_weights
+from .step_suite import name_of, side_by_side, started, tell_failures, that_fits
+from .timing import Sample, Watch, interleave
 
 SUITE = "profile"
 
@@ -38,30 +39,50 @@ KINDS = (PRODUCTS, *_BEGINNINGS, REST)
 """Kinds of operators. Moved is what is copied, gathered, summed by index or set to zero. On a CPU our kernel consists
 of operators that count themselves, and what is left to it is Python."""
 
-_REPEATS = 3
+# Profiles take longer than what is profiled.
+_MOST_ROUNDS = 7
+
+_FILLED = f"share_of_{PRODUCTS}"
 
 Run = Callable[[], Sample | tuple[Sample, torch.Tensor]]
 
 
-def run_layer_profiles(cases: Iterable[LayerCase], peers: list[LayerPeer], device: str) -> Iterator[Row]:
+def run_layer_profiles(
+    cases: Iterable[LayerCase], peers: list[LayerPeer], device: str, num_rounds: int, watch: Watch | None = None
+) -> Iterator[Row]:
     """Yield the shares of every peer in every layer whose experts are loaded unequally.
 
     Args:
         cases: the layers.
         peers: ours and others.
         device: `"cpu"` or `"cuda"`.
+        num_rounds: of profiles, at most.
+        watch: looks after the machine while they are taken.
     """
     for case in (case for case in cases if case.routing == "skewed"):
         print(f"profile layer {case.name} {case.dtype}", file=sys.stderr, flush=True)
         inputs = make_inputs(case, device)
-        ceiling = matmul_of(case.flops, inputs.hidden_states)
-        for peer in peers:
-            row = Row(SUITE, f"layer {case.name}", peer.name, case.dtype)
-            yield _filled(row, peer.unavailable(case, device), _layer(peer, case, inputs), ceiling, device)
+        rows = {peer.name: Row(SUITE, f"layer {case.name}", peer.name, case.dtype) for peer in peers}
+        try:
+            expected = reference_results(case, inputs)
+            layers = {peer.name: admit(peer, case, inputs, expected, rows[peer.name]) for peer in peers}
+            runs = {name: passes(layer, inputs) for name, layer in layers.items() if layer is not None}
+            ceiling = matmul_of(case.flops, inputs.hidden_states, CEILING)
+            failed = _profile(runs, ceiling, device, num_rounds, watch, rows)
+            for name, reason in failed.items():
+                rows[name].fail(reason)
+        except (Exception, KeyboardInterrupt):
+            yield from settled(rows.values(), _FILLED)
+            raise
+        yield from rows.values()
 
 
 def run_step_profiles(
-    cases: Iterable[StepCase], peers_of: Callable[[str], list[ModelPeer]], device: str
+    cases: Iterable[StepCase],
+    peers_of: Callable[[str], list[ModelPeer]],
+    device: str,
+    num_rounds: int,
+    watch: Watch | None = None,
 ) -> Iterator[Row]:
     """Yield the shares of every peer in a step of every model.
 
@@ -69,6 +90,8 @@ def run_step_profiles(
         cases: the models.
         peers_of: ours and others of a family.
         device: `"cpu"` or `"cuda"`.
+        num_rounds: of profiles, at most.
+        watch: looks after the machine while they are taken.
     """
     for case in cases:
         peers = peers_of(case.family)
@@ -77,25 +100,59 @@ def run_step_profiles(
         case = that_fits(case, device)
         print(f"profile step {name_of(case)} {case.dtype}", file=sys.stderr, flush=True)
         weights, tokens = make_weights(case, device), make_tokens(case, device)
+        rows = {peer.name: Row(SUITE, f"step {name_of(case)}", peer.name, case.dtype) for peer in peers}
         flops = case.tokens * flops_per_token(our_config(case), case.sequence_length).matmul
-        ceiling = matmul_of(flops, torch.empty(0, dtype=DTYPES[case.dtype], device=tokens.device))
-        for peer in peers:
-            row = Row(SUITE, f"step {name_of(case)}", peer.name, case.dtype)
-            yield _filled(row, peer.unavailable(case, device), _step(peer, case, weights, tokens), ceiling, device)
+        try:
+            gate = Gate(case, weights, tokens)
+            admitted = [peer for peer in peers if gate.admits(peer, rows[peer.name])]
+            ceiling = matmul_of(flops, torch.empty(0, dtype=DTYPES[case.dtype], device=tokens.device), CEILING)
+            for together in side_by_side(admitted, case, device) if admitted else ():
+                with started(together, case, weights, tokens) as (trainings, failed):
+                    runs = {name: training.step for name, training in trainings.items()}
+                    failed |= _profile(runs, ceiling, device, num_rounds, watch, rows)
+                tell_failures(failed, together, rows)
+        except (Exception, KeyboardInterrupt):
+            yield from settled(rows.values(), _FILLED)
+            raise
+        yield from rows.values()
+
+
+def _profile(
+    runs: dict[str, Run], ceiling: Callable[[], Sample], device: str, num_rounds: int, watch, rows: dict[str, Row]
+) -> dict[str, str]:
+    """Profile all in turn, each beside the ceiling, and fill their rows; return who raised, and why."""
+
+    def contestant(run: Run) -> Callable[[], Sample]:
+        return lambda: milliseconds_by_kind(run, device) | ceiling()
+
+    contestants = {name: contestant(run) for name, run in runs.items()}
+    rounds = interleave(contestants, min(num_rounds, _MOST_ROUNDS), watch)
+    for name in runs.keys() - rounds.failed.keys():
+        if _FILLED not in rows[name].values:  # ours may have been profiled beside others
+            rows[name].values |= _shares([sample for sample in rounds.samples[name] if sample is not None], device)
+    return rounds.failed
+
+
+def _shares(samples: list[Sample], device: str) -> dict[str, float]:
+    """Return the share of every kind, and the rate of the products over that of the ceiling behind each profile."""
+    times = {kind: sum(sample[kind] for sample in samples) for kind in KINDS}
+    shares = {f"share_of_{kind}": time / sum(times.values()) for kind, time in times.items()}
+    if device == "cpu":  # on a GPU some products are in kernels that do more
+        shares["products_of_ceiling"] = statistics.median(sample[CEILING] / sample[PRODUCTS] for sample in samples)
+    return shares
 
 
 def milliseconds_by_kind(run: Run, device: str) -> dict[str, float]:
     """Return the time of every kind of operators in one run; what an operator calls does not count to it again."""
-    for _ in range(2):
-        run()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     with profile(activities=activities) as watched:
-        for _ in range(_REPEATS):
-            run()
+        run()
     found = dict.fromkeys(KINDS, 0.0)
     for event in watched.key_averages():
+        if event.device_type != DeviceType.CPU:
+            continue  # a kernel: its time is that of the operator that launched it, too
         microseconds = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
-        found[kind_of(event.key)] += microseconds / 1e3 / _REPEATS
+        found[kind_of(event.key)] += microseconds / 1e3
     return found
 
 
@@ -105,36 +162,3 @@ def kind_of(operator: str) -> str:
     if name in _PRODUCTS:
         return PRODUCTS
     return next((kind for kind, beginnings in _BEGINNINGS.items() if name.startswith(beginnings)), REST)
-
-
-@contextmanager
-def _layer(peer: LayerPeer, case: LayerCase, inputs: LayerInputs) -> Iterator[Run]:
-    yield passes(peer.build(case, inputs.weights), inputs)
-
-
-@contextmanager
-def _step(peer: ModelPeer, case: StepCase, weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> Iterator[Run]:
-    training = start(peer, case, weights, tokens)
-    try:
-        yield training.step
-    finally:
-        training.end()
-        clean(tokens.device.type)
-
-
-def _filled(row: Row, unavailable: str | None, opened: AbstractContextManager[Run], ceiling: Run, device: str) -> Row:
-    if unavailable is not None:
-        row.status, row.reason = UNAVAILABLE, unavailable
-        return row
-    try:
-        with opened as run:
-            found = milliseconds_by_kind(run, device)
-    except Exception as error:  # whatever another library raises is a result of this measurement
-        row.status, row.reason = FAILED, f"{type(error).__name__}: {str(error)[:200]}"
-        return row
-    whole = sum(found.values())
-    row.values |= {f"share_of_{kind}": time / whole for kind, time in found.items()}
-    if device == "cpu":  # on a GPU some products are in kernels that do more
-        at_ceiling = statistics.median(next(iter(ceiling().values())) for _ in range(_REPEATS))
-        row.values["products_of_ceiling"] = at_ceiling / found[PRODUCTS]
-    return row

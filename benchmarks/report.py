@@ -31,6 +31,10 @@ def _number(metric: str, form: str, scale: float = 1.0) -> Callable[[Row], str]:
     return show
 
 
+def _either(one: Callable[[Row], str], other: Callable[[Row], str]) -> Callable[[Row], str]:
+    return lambda row: one(row) or other(row)
+
+
 def _speed(row: Row) -> str:
     for metric in ("step_ms", "forward_backward_ms"):
         if (ratio := row.ratios.get(metric)) is not None:
@@ -64,8 +68,8 @@ _COLUMNS = (
     *(_Column(kind, _number(f"share_of_{kind}", ".1%")) for kind in KINDS),
     _Column("rate of products, of ceiling", _number("products_of_ceiling", ".0%")),
     _Column("bytes", _number("bytes", ",.0f")),
-    _Column("formula", _number("formula_bytes", ",.0f")),
-    _Column("bytes / formula", _number("over_formula", ".4f")),
+    _Column("formula", _either(_number("formula_bytes", ",.0f"), _number("sent_formula_bytes", ",.0f"))),
+    _Column("bytes / formula", _either(_number("over_formula", ".4f"), _number("sent_over_formula", ".4f"))),
     _Column("bytes / ideal", _number("over_ideal", ".3f")),
     _Column("bytes sent", _number("sent_bytes", ",.0f")),
     _Column("ours is", _speed),

@@ -1,17 +1,18 @@
 """One row for each peer of each case, and what a file of results holds."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from .peers.registry import OURS
-from .timing import Ratio
+from .timing import Ratio, reason_of
 
 MEASURED, FAILED, UNAVAILABLE = "measured", "failed", "unavailable"
 
 # Of these more is better; of all other numbers that are compared, less.
 _MORE_IS_BETTER = {"tokens_per_second", "tflops", "ceiling_share", "products_of_ceiling"}
-_NOT_COMPARED = {"max_error", "imbalance"}
+_NOT_COMPARED = {"max_error", "imbalance", "sent_formula_bytes", "sent_over_formula"}
 
 
 @dataclass
@@ -44,6 +45,23 @@ class Row:
     def case(self) -> tuple[str, ...]:
         """What rows that are compared have in common."""
         return self.suite, self.config, self.dtype, self.routing
+
+    def fail(self, reason: str) -> None:
+        """Write down why there is no result."""
+        self.status, self.reason = FAILED, reason
+
+    @contextmanager
+    def recording_failure(self) -> Iterator[None]:
+        """Take whatever another library raises within for the result of this measurement, and go on behind it."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(reason_of(error))
+
+
+def settled(rows: Iterable[Row], metric: str) -> list[Row]:
+    """Return those that have the metric or the reason why not; a run that ends early has no more to tell."""
+    return [row for row in rows if row.status != MEASURED or metric in row.values]
 
 
 def as_json(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:

@@ -4,8 +4,8 @@
     python -m benchmarks.run --suite layer --config e64 --peers mixtral/eager,mixtral/grouped_mm
     python -m benchmarks.run --suite memory,comm --output results.json
 
-Ends with one Markdown table on standard output; everything else goes to standard error. SIGINT and SIGTERM end it
-early, with what is done so far.
+Ends with one Markdown table on standard output; everything else goes to standard error. SIGINT, SIGTERM and errors end
+it early, with what is done so far. The exit code is 1 where our own row is wrong.
 """
 
 import argparse
@@ -15,8 +15,12 @@ import signal
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 from moe_hf.errors import UserError
+
+if TYPE_CHECKING:
+    from .results import Row
 
 SUITES = ("layer", "step", "memory", "comm", "scaling", "profile")
 _ROUNDS = 12
@@ -65,10 +69,13 @@ def _measure(arguments: argparse.Namespace, argv: list[str]) -> None:
 
     logging.set_verbosity_error()
 
-    from .report import FLOPS_NOTE, markdown_table
+    from .peers.registry import OURS
+    from .results import FAILED
     from .suites import run_suites
     from .watching import LoadWatch
 
+    # Before anything runs: a GPU that a kernel has broken answers no more.
+    about = _about(arguments, device)
     watch, rows, finished = LoadWatch(arguments.allow_busy), [], False
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -76,21 +83,34 @@ def _measure(arguments: argparse.Namespace, argv: list[str]) -> None:
         finished = True
     except KeyboardInterrupt:
         print("Stopped: what is done so far is reported.", file=sys.stderr)
-    if arguments.output is not None:
-        written = _results(arguments, device, rows) | {"usable": not watch.disturbed, "finished": finished}
-        arguments.output.write_text(json.dumps(written, indent=1) + "\n")
-    if watch.disturbed:
+    finally:
+        if rows or finished:
+            about |= {"usable": not watch.disturbed, "finished": finished}
+            _report(rows, about, arguments.output, table)
+    if not finished:
+        sys.exit(130)
+    if wrong := [row for row in rows if row.peer == OURS and row.status == FAILED]:
+        cases = ", ".join(f"{row.suite} {row.config}" for row in wrong)
+        print(f"error: {OURS} failed in {cases}; the table says why.", file=sys.stderr)
+        sys.exit(1)
+
+
+def _report(rows: list["Row"], about: dict, output: Path | None, table: TextIO) -> None:
+    """Write the file of results and the table."""
+    from .report import FLOPS_NOTE, markdown_table
+    from .results import as_json
+
+    if output is not None:
+        output.write_text(json.dumps(about | {"rows": list(as_json(rows))}, indent=1) + "\n")
+    if not about["usable"]:
         print("**Not usable: other processes ran at the same time.**\n", file=table)
     note = f"\n{FLOPS_NOTE}\n" if any("tflops" in row.values for row in rows) else ""
     print(f"{markdown_table(rows)}\n{note}", end="", file=table, flush=True)
-    if not finished:
-        sys.exit(130)
 
 
-def _results(arguments: argparse.Namespace, device: str, rows: list) -> dict:
+def _about(arguments: argparse.Namespace, device: str) -> dict:
     from . import machine
     from .report import FLOPS_NOTE
-    from .results import as_json
 
     return {
         "machine": machine.describe_machine(device),
@@ -98,7 +118,6 @@ def _results(arguments: argparse.Namespace, device: str, rows: list) -> dict:
         "date": datetime.now(timezone.utc).date().isoformat(),
         "rounds": arguments.rounds,
         "flops": FLOPS_NOTE,
-        "rows": list(as_json(rows)),
     }
 
 

@@ -14,14 +14,14 @@ import torch
 
 from .cases import DTYPES, LayerCase, StepCase
 from .counting import MemoryUse, memory_use
+from .engines import clean
 from .equality import reference_results
 from .inputs import make_inputs
 from .layer_suite import admit, count_layer, passes
 from .peers.base import LayerPeer
 from .peers.models import ModelPeer
-from .results import FAILED, MEASURED, UNAVAILABLE, Row
+from .results import MEASURED, UNAVAILABLE, Row, settled
 from .step_equality import Expected, check_gradients, make_tokens, make_weights
-from .step_suite import clean
 from .timing import Sample, Watch, clock_of, interleave
 
 SUITE = "scaling"
@@ -89,13 +89,28 @@ def _along(axis: str, sizes: list[int], peers: list, cases: list, points, device
     config = f"{axis} {sizes[0]} to {sizes[-1]}"
     rows = {peer.name: Row(SUITE, config, peer.name, cases[0].dtype) for peer in peers}
     found: dict[str, list[_Point]] = {name: [] for name in rows}
-    for case, size in zip(cases, sizes, strict=True):
-        for peer, run, memory in points(case, [p for p in peers if rows[p.name].status == MEASURED], device, rows):
-            found[peer].append(_Point(size, run, memory))
+    try:
+        for case, size in zip(cases, sizes, strict=True):
+            for peer, run, memory in points(case, [p for p in peers if rows[p.name].status == MEASURED], device, rows):
+                found[peer].append(_Point(size, run, memory))
+        _time(sizes, found, num_rounds, watch, rows)
+        clean(device)
+    except (Exception, KeyboardInterrupt):
+        yield from settled(rows.values(), "time_slope")
+        raise
+    yield from rows.values()
+
+
+def _time(sizes: list[int], found: dict[str, list[_Point]], num_rounds: int, watch, rows: dict[str, Row]) -> None:
+    """Time all points of those that have come so far in the same rounds, and fill their rows."""
     whole = {name: those for name, those in found.items() if rows[name].status == MEASURED}
     contestants = {f"{name} {point.size}": point.run for name, those in whole.items() for point in those}
     rounds = interleave(contestants, num_rounds, watch)
     for name, those in whole.items():
+        reasons = [rounds.failed[f"{name} {p.size}"] for p in those if f"{name} {p.size}" in rounds.failed]
+        if reasons:
+            rows[name].fail(reasons[0])
+            continue
         times = [rounds.median(f"{name} {point.size}", "forward_backward_ms") for point in those]
         rows[name].values |= {
             "time_slope": slope(sizes, times),
@@ -103,8 +118,6 @@ def _along(axis: str, sizes: list[int], peers: list, cases: list, points, device
             "peak_slope": slope(sizes, [point.memory.peak for point in those]),
         }
         rows[name].values |= {f"forward_backward_ms_at_{point.size}": t for point, t in zip(those, times, strict=True)}
-    clean(device)
-    return list(rows.values())
 
 
 def _layer_points(
@@ -114,8 +127,11 @@ def _layer_points(
     expected = reference_results(case, inputs)
     for peer in peers:
         layer = admit(peer, case, inputs, expected, rows[peer.name])
+        counted = {}
         if layer is not None:
-            counted = count_layer(layer, case, inputs)
+            with rows[peer.name].recording_failure():
+                counted = count_layer(layer, case, inputs)
+        if counted:
             yield peer.name, passes(layer, inputs), MemoryUse(counted["held_bytes"], counted["peak_bytes"])
 
 
@@ -130,16 +146,14 @@ def _model_points(
         if (reason := peer.unavailable(case, device)) is not None:
             row.status, row.reason = UNAVAILABLE, reason
             continue
-        try:
+        with row.recording_failure():
             errors = check_gradients(peer, case, weights, tokens, expected, device)
             row.values["max_error"] = max(row.values.get("max_error", 0.0), *errors.values())
             model = peer.load(case, weights, tokens.device).to(DTYPES[case.dtype]).train()
             run = _model_passes(peer, model, tokens)
             memory = _memory_of(peer, model, tokens)
-        except Exception as error:  # whatever another library raises is a result of this measurement
-            row.status, row.reason = FAILED, f"{type(error).__name__}: {str(error)[:200]}"
-            continue
-        yield peer.name, run, memory
+        if row.status == MEASURED:
+            yield peer.name, run, memory
 
 
 def _model_passes(peer: ModelPeer, model: torch.nn.Module, tokens: torch.Tensor) -> Callable[[], Sample]:

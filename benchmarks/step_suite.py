@@ -1,8 +1,8 @@
 """The suite `step`: forward, backward and optimizer of whole models."""
 
-import gc
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 
@@ -11,23 +11,18 @@ import torch
 
 from moe_hf.planning.flops import flops_per_token
 
-from .cases import DTYPES, TOLERANCES, StepCase
+from .cases import DTYPES, StepCase
 from .counting import counted_synchronisations, memory_use
 from .engine_states import gradients_of, optimizer_states_of, storages, weights_of
-from .engines import Training, start
-from .equality import poison
+from .engines import Training, clean, start
 from .layer_suite import add_rates, matmul_of
 from .peers.models import ModelPeer, our_config
 from .peers.registry import CEILING, OURS
-from .results import FAILED, MEASURED, UNAVAILABLE, Row
-from .step_equality import Expected, check_gradients, check_losses, make_tokens, make_weights
-from .timing import Rounds, Sample, Watch, interleave
+from .results import MEASURED, Row, settled
+from .step_equality import Gate, make_tokens, make_weights
+from .timing import Rounds, Sample, Watch, interleave, reason_of
 
 SUITE = "step"
-
-# Micro-batches of the steps that are checked, at most: in float32 and with plain PyTorch a whole step would take longer
-# than all that is timed.
-_CHECKED_MICRO_BATCHES = 2
 
 # Weights, gradients, the optimizer's copy and its two moments; of a device's memory, what may be used.
 _STATE_BYTES = 16
@@ -91,61 +86,25 @@ def _run_case(case: StepCase, peers: list[ModelPeer], device: str, num_rounds: i
     tokens = make_tokens(case, device)
     weights = make_weights(case, device)
     rows = {peer.name: Row(SUITE, name_of(case), peer.name, case.dtype) for peer in peers}
-    checked = replace(case, accumulation=min(case.accumulation, _CHECKED_MICRO_BATCHES))
-    checked_tokens = tokens[: checked.accumulation * checked.batch]
     try:
-        expected = Expected(checked, weights, checked_tokens, with_gradients=device == "cpu")
+        gate = Gate(case, weights, tokens)
     except torch.OutOfMemoryError as error:
         for row in rows.values():
-            row.status, row.reason = FAILED, f"the reference did not fit: {str(error)[:100]}"
+            row.fail(f"the reference did not fit: {str(error)[:100]}")
         yield from rows.values()
         return
-    clean(device)
+
+    def count(training: Training) -> dict[str, float]:
+        return count_step(training, case.accumulation)
+
     try:
-        admitted = [
-            peer for peer in peers if _admit(peer, checked, weights, checked_tokens, expected, rows[peer.name], case)
-        ]
+        admitted = [peer for peer in peers if gate.admits(peer, rows[peer.name], count)]
         for together in side_by_side(admitted, case, device) if num_rounds and admitted else ():
             _time(together, case, weights, tokens, num_rounds, watch, rows)
-    except KeyboardInterrupt:
-        yield from (row for row in rows.values() if row.status != MEASURED or "step_ms" in row.values)
+    except (Exception, KeyboardInterrupt):
+        yield from settled(rows.values(), "step_ms")
         raise
     yield from rows.values()
-
-
-def _admit(peer: ModelPeer, case: StepCase, weights, tokens, expected: Expected, row: Row, timed: StepCase) -> bool:
-    """Compare a peer with the reference and count; where it fails, write down why.
-
-    Args:
-        peer: who is compared.
-        case: whose steps are checked.
-        weights: of the model.
-        tokens: of these steps.
-        expected: what the reference has found.
-        row: of the peer.
-        timed: whose steps are timed and counted, of as many micro-batches or more.
-    """
-    device = tokens.device.type
-    if (reason := peer.unavailable(case, device)) is not None:
-        row.status, row.reason = UNAVAILABLE, reason
-        return False
-    training = None
-    try:
-        # On a GPU it would compare the first loss, which the first step has too.
-        errors = check_gradients(peer, case, weights, tokens, expected, device) if device == "cpu" else {}
-        poison(tokens.device, DTYPES[case.dtype], 4 * case.micro_tokens * case.vocab_size)
-        training = start(peer, case, weights, tokens)
-        errors |= check_losses(training, expected.losses, TOLERANCES[case.dtype])
-        row.values["max_error"] = max(errors.values())
-        row.values |= count_step(training, timed.accumulation)
-    except Exception as error:  # whatever another library raises is a result of this measurement
-        row.status, row.reason = FAILED, f"{type(error).__name__}: {str(error)[:200]}"
-        return False
-    finally:
-        if training is not None:
-            training.end()
-        clean(device)
-    return True
 
 
 def count_step(training: Training, accumulation: int) -> dict[str, float]:
@@ -181,13 +140,6 @@ def count_step(training: Training, accumulation: int) -> dict[str, float]:
     return {"synchronisations": synchronisations, "peak_bytes": sum(states.values()) + memory.peak}
 
 
-def clean(device: str) -> None:
-    """Give back what nobody refers to any more."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-
-
 def side_by_side(peers: list[ModelPeer], case: StepCase, device: str) -> list[list[ModelPeer]]:
     """Return who is trained in the same rounds: all where memory holds them, else ours with a few others each time."""
     ours, others = [p for p in peers if p.name == OURS], [p for p in peers if p.name != OURS]
@@ -201,28 +153,48 @@ def _time(
     """Train the peers side by side and fill their rows; who is trained with others once more keeps the first times."""
     flops = case.tokens * flops_per_token(our_config(case), case.sequence_length).total
     like = torch.empty(0, dtype=DTYPES[case.dtype], device=tokens.device)
-    trainings: dict[str, Training] = {}
-    try:
-        for peer in peers:
-            trainings[peer.name] = start(peer, case, weights, tokens)
+    rows.setdefault(CEILING, Row(SUITE, name_of(case), CEILING, case.dtype))
+    with started(peers, case, weights, tokens) as (trainings, failed):
         contestants: dict[str, Callable[[], Sample]] = {
             name: lambda training=training: training.step()[0] for name, training in trainings.items()
         }
         contestants[CEILING] = matmul_of(flops, like, "step_ms")
         rounds = interleave(contestants, num_rounds, watch)
-    except torch.OutOfMemoryError as error:
-        # Ours may still be timed with others.
-        for row in (rows[peer.name] for peer in peers if peer.name != OURS or len(peers) == 1):
-            row.status, row.reason = FAILED, f"memory does not hold those it is timed with: {str(error)[:100]}"
-        return
+    tell_failures(failed | rounds.failed, peers, rows)
+    for row in (rows[name] for name in contestants if name not in rounds.failed):
+        if row.status == MEASURED and "step_ms" not in row.values:
+            _add_times(row, rounds, case, flops)
+
+
+@contextmanager
+def started(
+    peers: list[ModelPeer], case: StepCase, weights: dict[str, torch.Tensor], tokens: torch.Tensor
+) -> Iterator[tuple[dict[str, Training], dict[str, str]]]:
+    """Start all peers side by side; yield those that train, and why others do not."""
+    trainings, failed = {}, {}
+    try:
+        for peer in peers:
+            try:
+                trainings[peer.name] = start(peer, case, weights, tokens)
+            except Exception as error:  # whatever another library raises is a result of this measurement
+                failed[peer.name] = reason_of(error)
+        yield trainings, failed
     finally:
         for training in trainings.values():
             training.end()
         clean(tokens.device.type)
-    rows.setdefault(CEILING, Row(SUITE, name_of(case), CEILING, case.dtype))
-    for row in (rows[name] for name in contestants):
-        if "step_ms" not in row.values:
-            _add_times(row, rounds, case, flops)
+
+
+def tell_failures(failed: dict[str, str], peers: list[ModelPeer], rows: dict[str, Row]) -> None:
+    """Write down who raised; where memory does not hold ours beside others, it is they who are not measured."""
+    others = [peer.name for peer in peers if peer.name != OURS]
+    for name, reason in failed.items():
+        if not reason.startswith(torch.OutOfMemoryError.__name__):
+            rows[name].fail(reason)
+            continue
+        # Ours may still be timed with others.
+        for blamed in others if name == OURS and others else [name]:
+            rows[blamed].fail(f"memory does not hold those it is timed with: {reason}")
 
 
 def _add_times(row: Row, rounds: Rounds, case: StepCase, flops: float) -> None:

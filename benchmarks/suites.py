@@ -51,12 +51,11 @@ def run_suites(arguments: argparse.Namespace, device: str, watch: LoadWatch) -> 
         layers, models = (choose(peers, names or AUTO) for peers in (layer_peers(), model_peers("mixtral")))
         yield from run_scaling(layers, models, device, num_rounds, watch)
     if "profile" in suites:
-        yield from run_layer_profiles(
-            layer_cases(device, arguments.config), choose(layer_peers(), names or AUTO), device
-        )
-        yield from run_step_profiles(
-            step_cases(device, arguments.config), lambda f: choose(model_peers(f), names or AUTO), device
-        )
+        names = names or AUTO
+        cases, peers = layer_cases(device, arguments.config), choose(layer_peers(), names)
+        yield from run_layer_profiles(cases, peers, device, num_rounds, watch)
+        cases = step_cases(device, arguments.config)
+        yield from run_step_profiles(cases, lambda f: choose(model_peers(f), names), device, num_rounds, watch)
 
 
 def _peer_names(suites: set[str]) -> list[str]:

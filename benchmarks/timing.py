@@ -13,7 +13,7 @@ Sample = dict[str, float]
 
 # A contestant that takes longer than this runs in fewer rounds.
 _SLOW_MS = 1000.0
-_FEWEST_ROUNDS = 7
+_FEWEST_ROUNDS = 10
 
 
 class CpuClock:
@@ -64,6 +64,11 @@ class CudaClock:
         return [self.marks[0].elapsed_time(mark) for mark in self.marks[1:]]
 
 
+def reason_of(error: Exception) -> str:
+    """Return why something was not measured, without the error itself, which would keep tensors alive."""
+    return f"{type(error).__name__}: {str(error)[:200]}"
+
+
 def clock_of(device: str) -> CpuClock | CudaClock:
     """Start a clock."""
     return CudaClock() if device == "cuda" else CpuClock()
@@ -87,12 +92,27 @@ class Ratio:
 
 
 class Rounds:
-    """What all contestants have taken in each round; `None` where one did not take part."""
+    """What all contestants have taken in each round; `None` where one did not take part.
+
+    Those that raised, and why, are in `failed`; of them no time is known.
+    """
 
     def __init__(self, names: list[str]) -> None:
         self.samples: dict[str, list[Sample | None]] = {name: [] for name in names}
+        self.failed: dict[str, str] = {}
 
-    def add(self, of_round: Mapping[str, Sample]) -> None:
+    def run(self, name: str, contestant: Callable[[], Sample]) -> Sample | None:
+        """Run a contestant once, and return what it took; one that raises is not run again."""
+        if name in self.failed:
+            return None
+        try:
+            return contestant()
+        except Exception as error:  # whatever another library raises is a result of this measurement
+            self.failed[name] = reason_of(error)
+            self.samples[name].clear()
+            return None
+
+    def add(self, of_round: Mapping[str, Sample | None]) -> None:
         """Add one round."""
         for name, samples in self.samples.items():
             samples.append(of_round.get(name))
@@ -125,24 +145,24 @@ class Watch(Protocol):
 
 
 def interleave(contestants: Mapping[str, Callable[[], Sample]], num_rounds: int, watch: Watch | None = None) -> Rounds:
-    """Time contestants in turn, A B C A B C …, after two passes of each to warm up.
+    """Time contestants in turn, A B C A B C …, after two passes of each to warm up; one that raises leaves the others.
 
     Args:
         contestants: run once and tell how long it took.
         num_rounds: in which the fast ones take part; one that takes over a second runs in a quarter of them.
         watch: asked behind every round.
     """
-    rounds_of = {}
+    rounds, rounds_of = Rounds(list(contestants)), {}
     for name, run in contestants.items():
-        run()
-        slow = max(run().values()) > _SLOW_MS
+        rounds.run(name, run)
+        warm = rounds.run(name, run)
+        slow = warm is not None and max(warm.values()) > _SLOW_MS
         rounds_of[name] = min(num_rounds, max(_FEWEST_ROUNDS, num_rounds // 4)) if slow else num_rounds
-    rounds = Rounds(list(contestants))
     if watch is not None:
         watch.begin(num_rounds)
     done = 0
-    while done < num_rounds:
-        of_round = {name: run() for name, run in contestants.items() if done < rounds_of[name]}
+    while done < num_rounds and len(rounds.failed) < len(contestants):
+        of_round = {name: rounds.run(name, run) for name, run in contestants.items() if done < rounds_of[name]}
         if watch is None or watch.accepts():
             rounds.add(of_round)
             done += 1

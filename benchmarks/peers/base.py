@@ -8,6 +8,8 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
+from moe_hf.errors import ConfigError
+
 from ..cases import LayerCase
 
 
@@ -64,3 +66,12 @@ def copy_into(parameter: torch.Tensor, value: torch.Tensor) -> None:
             f"its weight {tuple(value.shape)} {value.dtype} on {value.device}"
         )
     parameter.data.copy_(value)
+
+
+def refusal(check: Callable[[], object]) -> str | None:
+    """Return what our program says where it refuses to run like this, or `None`."""
+    try:
+        check()
+    except ConfigError as error:
+        return str(error)
+    return None

@@ -3,6 +3,7 @@
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -23,10 +24,11 @@ from transformers import (
 
 from moe_hf import MoEConfig, MoEForCausalLM
 from moe_hf.training.arguments import MoETrainingArguments
+from moe_hf.training.compiling import check_compilation
 
 from ..cases import StepCase
 from .autoep import why_no_autoep
-from .base import needs_cuda_package
+from .base import needs_cuda_package, refusal
 from .blocks import too_large_for_batched_mm, unregistered
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -65,13 +67,21 @@ class ModelPeer(ABC):
         """Return what is trained on `(B, S)` tokens."""
 
     def cross_entropy(self, model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the loss, and the cross-entropy in it, which all models have in common."""
+        """Return the loss, and the cross-entropy in it."""
         loss = self.loss(model, tokens)
         return loss, loss
+
+    def cross_entropy_alone(self, model: nn.Module) -> AbstractContextManager:
+        """Let the loss be the cross-entropy, which all models have in common, as long as the context lasts."""
+        return nullcontext()
 
     def deepspeed_section(self) -> dict[str, Any]:
         """Return what the DeepSpeed JSON has beside what all have."""
         return {}
+
+    def prepare(self, engine: Any) -> Any:
+        """Return the engine that holds the model, with what is left to be done to it."""
+        return engine
 
     def optimizer(self, model: nn.Module, **values) -> torch.optim.Optimizer:
         """Return a fresh optimizer, as `Trainer` makes it.
@@ -168,18 +178,28 @@ class AutoEPModel(TransformersModel):
     """A model of Transformers whose blocks DeepSpeed replaces, all experts on one process.
 
     Args:
+        compiles: whether all but experts and routers is compiled, layer by layer.
         options: of the section `expert_parallel`, beside the size.
     """
 
-    def __init__(self, name: str, **options) -> None:
+    def __init__(self, name: str, compiles: bool = False, **options) -> None:
         super().__init__(name, "grouped_mm")
-        self.options = options
+        self.compiles, self.options = compiles, options
 
     def unavailable(self, case: StepCase, device: str) -> str | None:
-        return why_no_autoep(device, self.options)
+        reason = why_no_autoep(device, self.options)
+        if reason is None and self.compiles:
+            reason = refusal(lambda: check_compilation(backend=None, mode=None))
+        return reason
 
     def deepspeed_section(self) -> dict[str, Any]:
-        return {"expert_parallel": {"enabled": True, "autoep_size": 1, **self.options}}
+        compiled = {"compile": {"autoep_non_moe": True}} if self.compiles else {}
+        return {"expert_parallel": {"enabled": True, "autoep_size": 1, **self.options}, **compiled}
+
+    def prepare(self, engine: Any) -> Any:
+        if self.compiles:
+            engine.compile()
+        return engine
 
     def optimizer(self, model: nn.Module, **values) -> torch.optim.Optimizer:
         from moe_hf.parallel.autoep import split_expert_groups
@@ -204,6 +224,9 @@ class OurModel(ModelPeer):
     def cross_entropy(self, model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         outputs = model(input_ids=tokens, labels=tokens, use_cache=False, skip_logits=True)
         return outputs.loss, outputs.ce_loss
+
+    def cross_entropy_alone(self, model: nn.Module) -> AbstractContextManager:
+        return mock.patch.multiple(model.config, router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
 
     def arguments(self, **values) -> TrainingArguments:
         return MoETrainingArguments(output_dir="unused", report_to="none", use_cpu=True, **values)

@@ -1,17 +1,14 @@
 """Our model with what a user may choose beside the default: Liger's kernels, a compiler, SonicMoE."""
 
-from collections.abc import Callable
-
 import torch
 
 from moe_hf import MoEForCausalLM
-from moe_hf.errors import ConfigError
 from moe_hf.training.compiling import check_compilation, compile_dense_parts
 from moe_hf.training.experts_kernel import SONICMOE, choose_experts
 from moe_hf.training.liger import LigerKernels, use_liger_kernels
 
 from ..cases import StepCase
-from .base import needs_cuda_package
+from .base import needs_cuda_package, refusal
 from .models import OurModel, our_config
 
 
@@ -31,7 +28,7 @@ class OurCompiledModel(OurModel):
     """Ours as `--torch_compile` trains it: norms, dense MLPs and the projections of attention are compiled."""
 
     def unavailable(self, case: StepCase, device: str) -> str | None:
-        return _refusal(lambda: check_compilation(backend=None, mode=None))
+        return refusal(lambda: check_compilation(backend=None, mode=None))
 
     def build(self, case: StepCase) -> MoEForCausalLM:
         model = super().build(case)
@@ -45,16 +42,7 @@ class OurSonicMoEModel(OurModel):
     def unavailable(self, case: StepCase, device: str) -> str | None:
         if device != "cuda":
             return "it has kernels for CUDA only"
-        return _refusal(lambda: choose_experts(SONICMOE, in_bfloat16=case.dtype == "bf16", in_autoep=False))
+        return refusal(lambda: choose_experts(SONICMOE, in_bfloat16=case.dtype == "bf16", in_autoep=False))
 
     def build(self, case: StepCase) -> MoEForCausalLM:
         return MoEForCausalLM._from_config(our_config(case), dtype=torch.float32, experts_implementation=SONICMOE)
-
-
-def _refusal(check: Callable[[], object]) -> str | None:
-    """Return what the program says where it refuses to run like this, or `None`."""
-    try:
-        check()
-    except ConfigError as error:
-        return str(error)
-    return None

@@ -38,6 +38,7 @@ def layer_peers() -> list[LayerPeer]:
 def model_peers(family: str) -> list[ModelPeer]:
     """Return ours first, then every peer of the step suite that has a family's architecture."""
     grouped = f"{family}/grouped_mm"
+    autoep = [AutoEPModel("autoep"), AutoEPModel("autoep/best", compiles=True, **BEST_OPTIONS)]
     return [
         OurModel(OURS),
         # Our kernel in another's model.
@@ -48,7 +49,7 @@ def model_peers(family: str) -> list[ModelPeer]:
         OurLigerModel(f"{OURS}/liger"),
         OurCompiledModel(f"{OURS}/compiled"),
         OurSonicMoEModel(f"{OURS}/sonicmoe"),
-        *([AutoEPModel("autoep"), AutoEPModel("autoep/best", **BEST_OPTIONS)] if family == "mixtral" else []),
+        *(autoep if family == "mixtral" else []),
     ]
 
 

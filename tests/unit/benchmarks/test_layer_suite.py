@@ -226,6 +226,55 @@ def test_a_peer_that_fails_is_reported_and_not_timed(where, status, reason):
     assert matmul.peer == "matmul" and matmul.values["ceiling_share"] == 1
 
 
+class Stopping(Block):
+    """Raises when it is asked for the given pass: two are compared, four counted, two warm up."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__("mixtral", "grouped_mm", "stopping")
+        self.at = at
+
+    def build(self, case, weights):
+        layer, calls = super().build(case, weights), []
+
+        def forward(tokens):
+            calls.append(tokens)
+            if len(calls) == self.at:
+                raise RuntimeError("illegal memory access")
+            return layer.forward(tokens)
+
+        return Layer(layer.module, forward, layer.gradients)
+
+
+@pytest.mark.parametrize("at", [2, 3, 6, 7, 9])
+def test_a_peer_may_raise_at_any_time(at):
+    eager = Block("mixtral", "eager")
+    stopped, other, matmul = run_layers([CASE], [Stopping(at), eager], "cpu", num_rounds=2)
+    assert (stopped.status, stopped.reason) == (FAILED, "RuntimeError: illegal memory access")
+    assert "forward_backward_ms" not in stopped.values
+    assert other.values["ceiling_share"] > 0 and matmul.status == MEASURED
+
+
+def test_the_end_of_a_run_leaves_what_is_known(monkeypatch):
+    """As where a kernel has broken the GPU: rows of this case that failed, and all of those before."""
+    cases = [replace(CASE, name="first"), replace(CASE, name="second")]
+    made = []
+
+    def ceiling(*_):
+        made.append(1)
+        if len(made) == 2:
+            raise RuntimeError("unspecified launch failure")
+        return lambda: {"forward_backward_ms": 1.0}
+
+    monkeypatch.setattr("benchmarks.layer_suite.matmul_of", ceiling)
+    rows = []
+    with pytest.raises(RuntimeError, match="unspecified launch failure"):
+        rows.extend(run_layers(cases, [Stopping(3), Block("mixtral", "eager")], "cpu", num_rounds=1))
+    assert [(row.config, row.peer) for row in rows] == [
+        *(("first", name) for name in ("stopping", "mixtral/eager", "matmul")),
+        ("second", "stopping"),
+    ]
+
+
 def test_ceiling_is_told_as_of_the_same_flops(monkeypatch):
     """A product of other FLOPs than asked for counts as much longer or shorter."""
     monkeypatch.setattr("benchmarks.timing.CpuClock.milliseconds", lambda self: [2.0])

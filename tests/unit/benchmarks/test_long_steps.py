@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_steps import CASE, prepare
 
-from benchmarks import step_suite
+from benchmarks import step_equality, step_suite
 from benchmarks.cases import FAMILIES, step_cases
 from benchmarks.engines import Training, start
 from benchmarks.equality import Different
@@ -122,9 +122,9 @@ def test_times_of_a_step_are_those_of_all_micro_batches(monkeypatch):
 
 def test_a_long_step_is_checked_in_two_micro_batches_and_timed_whole(monkeypatch):
     timed, checked = [], []
-    whole, gate = Training.step, step_suite.check_losses
+    whole, gate = Training.step, step_equality.check_losses
     monkeypatch.setattr(Training, "step", lambda self: timed.append(len(self.tokens)) or whole(self))
-    monkeypatch.setattr(step_suite, "check_losses", lambda t, *rest: checked.append(len(t.tokens)) or gate(t, *rest))
+    monkeypatch.setattr(step_equality, "check_losses", lambda t, *rest: checked.append(len(t.tokens)) or gate(t, *rest))
     peers = [OurModel("ours"), TransformersModel("peer", "eager")]
     ours, peer, matmul = run_steps([ACCUMULATED], lambda family: peers, "cpu", num_rounds=1)
     assert checked == [4, 4] and timed == [4] * 3 + [4] * 3 + [6] * 6
@@ -234,16 +234,17 @@ def test_what_is_timed_before_the_end_of_time_is_told(monkeypatch):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_gradients_of_the_reference_are_asked_for_on_a_cpu_only(monkeypatch, device):
-    asked = []
+    """`meta` stands for the GPU."""
+    asked, place = [], "cpu" if device == "cpu" else "meta"
 
     def expected(*_, with_gradients: bool) -> None:
         asked.append(with_gradients)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(step_suite, "Expected", expected)
+    monkeypatch.setattr(step_equality, "Expected", expected)
     monkeypatch.setattr(step_suite, "that_fits", lambda case, device: case)
     monkeypatch.setattr(step_suite, "make_weights", lambda case, device: {})
-    monkeypatch.setattr(step_suite, "make_tokens", lambda case, device: torch.zeros(2, 24, dtype=torch.int64))
+    monkeypatch.setattr(step_suite, "make_tokens", lambda case, device: torch.zeros(2, 24, device=place))
     peers = [OurModel("ours"), TransformersModel("peer", "eager")]
     rows = list(run_steps([CASE], lambda family: peers, device, num_rounds=1))
     assert asked == [device == "cpu"] and {row.status for row in rows} == {FAILED}

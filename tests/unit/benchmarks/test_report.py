@@ -1,10 +1,13 @@
 """The command line, the table and the file of results."""
 
 import json
+import os
+import sys
 
 import pytest
 
 from benchmarks.machine import describe_machine, environment_of, versions
+from benchmarks.peers.registry import OURS
 from benchmarks.report import markdown_table
 from benchmarks.results import FAILED, UNAVAILABLE, Row, as_json
 from benchmarks.run import SUITES, build_parser, main
@@ -88,6 +91,68 @@ def test_an_unknown_name_is_one_sentence(words, sentence):
     arguments = build_parser().parse_args(words)
     with pytest.raises(ConfigError, match=sentence.replace("/", r"\/")):
         next(run_suites(arguments, "cpu", LoadWatch(allowed=True)))
+
+
+@pytest.fixture
+def measure(capfd, monkeypatch, tmp_path):
+    """Return a function that runs the program with given rows, and what it raises behind them; and its file."""
+    # Of a process of its own: standard output is given away, signals are caught, the allocator is set.
+    monkeypatch.setattr("sys.stdout", sys.stdout)
+    dup2 = os.dup2
+    monkeypatch.setattr("os.dup2", lambda *ends: None if ends == (2, 1) else dup2(*ends))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("benchmarks.machine.restart_with", lambda *_: None)
+    output = tmp_path / "results.json"
+
+    def run(rows: list[Row], error: BaseException | None = None) -> None:
+        def suites(*_):
+            yield from rows
+            if error is not None:
+                raise error
+
+        monkeypatch.setattr("benchmarks.suites.run_suites", suites)
+        main(["--device", "cpu", "--output", str(output)])
+
+    return run, output
+
+
+def test_ours_that_failed_is_exit_code_1(measure, capfd):
+    run, output = measure
+    run(ROWS)
+    assert "| layer |" in capfd.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        run([*ROWS, Row("step", "e64", OURS, status=FAILED, reason="Different: loss of step 1")])
+    printed = capfd.readouterr()
+    assert end.value.code == 1 and "failed: Different: loss of step 1" in printed.out
+    assert "error: ours failed in step e64; the table says why.\n" in printed.err
+    written = json.loads(output.read_text())
+    assert written["finished"] and written["rows"][-1]["reason"] == "Different: loss of step 1"
+
+
+@pytest.mark.parametrize(
+    "error, ended, code",
+    [
+        (RuntimeError("unspecified launch failure"), RuntimeError, None),
+        (Busy("Other processes use 9.0 of 2 cores."), SystemExit, 2),
+        (KeyboardInterrupt(), SystemExit, 130),
+    ],
+)
+def test_what_is_done_is_written_however_it_ends(measure, capfd, error, ended, code):
+    run, output = measure
+    with pytest.raises(ended) as end:
+        run(ROWS, error)
+    assert getattr(end.value, "code", None) == code
+    assert "| layer |" in capfd.readouterr().out
+    written = json.loads(output.read_text())
+    assert not written["finished"] and len(written["rows"]) == len(list(as_json(ROWS)))
+
+
+def test_a_mistake_leaves_earlier_results(measure):
+    run, output = measure
+    output.write_text("earlier")
+    with pytest.raises(SystemExit):
+        run([], ConfigError("--config e9 is not known in these suites."))
+    assert output.read_text() == "earlier"
 
 
 def test_a_mistake_ends_with_exit_code_2(monkeypatch, capsys):

@@ -45,8 +45,39 @@ def test_rounds_are_interleaved_after_warming_up():
 def test_slow_ones_run_in_fewer_rounds():
     order = []
     rounds = interleave({"A": contestant("A", 1.0, order), "B": contestant("B", 1001.0, order)}, 16)
-    assert order.count("A") == 18 and order.count("B") == 2 + 7
-    assert rounds.ratio("A", "B", "step_ms").rounds == 7
+    assert order.count("A") == 18 and order.count("B") == 2 + 10
+    assert rounds.ratio("A", "B", "step_ms").rounds == 10
+
+
+def failing(at: int):
+    """Return a contestant that raises when it is run for the given time, counted from 1."""
+    calls = []
+
+    def run():
+        calls.append(len(calls) + 1)
+        if calls[-1] >= at:
+            raise RuntimeError("illegal memory access")
+        return {"step_ms": 1.0}
+
+    return run, calls
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_who_raises_leaves_the_others(at):
+    order, (broken, calls) = [], failing(at)
+    rounds = interleave({"A": contestant("A", 1.0, order), "B": broken, "C": contestant("C", 2.0, order)}, 3)
+    assert order.count("A") == order.count("C") == 2 + 3 and rounds.ratio("A", "C", "step_ms").rounds == 3
+    assert calls[-1] == at and rounds.failed == {"B": "RuntimeError: illegal memory access"}
+    # What it took before it failed is no result.
+    assert rounds.median("B", "step_ms") is None and rounds.ratio("A", "B", "step_ms") is None
+
+
+def test_nothing_goes_on_where_all_raise():
+    meter = Meter(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    watch = LoadWatch(allowed=False, meter=meter)
+    assert interleave({"A": failing(3)[0], "B": failing(4)[0]}, 5, watch).failed.keys() == {"A", "B"}
+    # Of five rounds two were made; it was asked ahead of them too.
+    assert len(meter.cores) == 6 - 3
 
 
 class Gpu:
