@@ -28,11 +28,9 @@ setup_venv() {
     python=$(find_python)
     echo "Installing into .venv (a few minutes the first time) …"
     [ -x .venv/bin/python ] || "$python" -m venv .venv
-    # Python compiles what is imported; compiling all that is installed takes most of a minute.
-    local install=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile)
     # torch first and alone: a later resolver run must find it there, not choose another build.
-    "${install[@]}" 'torch>=2.11,<2.14' numpy setuptools wheel
-    "${install[@]}" --editable ".${extra:+[$extra]}"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check 'torch>=2.11,<2.14' numpy setuptools wheel
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}"
     echo "$wanted" >"$stamp"
 }
 

@@ -49,6 +49,7 @@ def red(report: dict) -> set[str]:
     return {name for name, finding in self_test(report).items() if finding["status"] == "wrong"}
 
 
+@pytest.mark.slow
 def test_a_healthy_run_on_two_processes(tmp_path):
     folders = ("--output_dir", tmp_path / "out", "--work_dir", tmp_path / "work")
     code, report, said = doctor(*ZERO3_EP, *folders, "--gradient_checkpointing")

@@ -124,7 +124,8 @@ def assert_same_run(folder: Path, expected: list[tuple[float, float]], processes
     assert (topology.world_size, topology.expert_parallel_size, topology.zero_stage) == (processes, 2, 3)
 
 
-@pytest.mark.parametrize("per_machine", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("per_machine", [1, 2])
 def test_the_script_on_each_of_two_machines(tmp_path, per_machine):
     expected = on_one_machine(tmp_path / "one", 2 * per_machine)
     with two_machines() as machines:
