@@ -22,7 +22,7 @@ from .peers.models import ModelPeer, our_config
 from .peers.registry import CEILING
 from .results import Row, settled
 from .step_equality import Gate, make_tokens, make_weights
-from .step_suite import name_of, side_by_side, started, tell_failures, that_fits
+from .step_suite import beside_others, name_of, side_by_side, started, tell_failures
 from .timing import Sample, Watch, interleave
 
 SUITE = "profile"
@@ -93,11 +93,7 @@ def run_step_profiles(
         num_rounds: of profiles, at most.
         watch: looks after the machine while they are taken.
     """
-    for case in cases:
-        peers = peers_of(case.family)
-        if len(peers) < 2:
-            continue  # only ours, beside nobody
-        case = that_fits(case, device)
+    for case, peers in beside_others(cases, peers_of, device):
         print(f"profile step {name_of(case)} {case.dtype}", file=sys.stderr, flush=True)
         weights, tokens = make_weights(case, device), make_tokens(case, device)
         rows = {peer.name: Row(SUITE, f"step {name_of(case)}", peer.name, case.dtype) for peer in peers}

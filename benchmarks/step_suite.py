@@ -48,14 +48,20 @@ def run_steps(
         num_rounds: of timing; 0 to check and count only.
         watch: looks after the machine while times are taken.
     """
-    for case in cases:
-        peers = peers_of(case.family)
-        if len(peers) < 2:
-            continue  # only ours, beside nobody
-        case = that_fits(case, device)
+    for case, peers in beside_others(cases, peers_of, device):
         size = f"{case.accumulation} micro-batches of {case.micro_tokens} tokens"
         print(f"step {name_of(case)} {case.dtype}, {size}", file=sys.stderr, flush=True)
         yield from _run_case(case, peers, device, num_rounds, watch)
+
+
+def beside_others(
+    cases: Iterable[StepCase], peers_of: Callable[[str], list[ModelPeer]], device: str
+) -> Iterator[tuple[StepCase, list[ModelPeer]]]:
+    """Yield cases as memory holds them, and their peers, but none where ours would be beside nobody."""
+    for case in cases:
+        peers = peers_of(case.family)
+        if len(peers) >= 2:
+            yield that_fits(case, device), peers
 
 
 def name_of(case: StepCase) -> str:
